@@ -93,12 +93,13 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
     first = failures[0]
     if first.cause is DetectedBy.SIGNAL:
         return next((failure for failure in failures if failure.cause is not DetectedBy.SIGNAL), first)
-    if deaths and first.cause is DetectedBy.REPORT and _is_echo(first.text):
+    if deaths and first.cause is DetectedBy.REPORT and is_secondary(first.text):
         return deaths[0]
     return first
 
 
-def _is_echo(text: str) -> bool:
+def is_secondary(text: str) -> bool:
+    """Return whether an engine's error is one that follows from the loss of another rank."""
     last = text.rstrip().rpartition("\n")[2].lower()
     return any(word in last for word in _SECONDARY_ERRORS)
 

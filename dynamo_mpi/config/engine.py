@@ -83,6 +83,14 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         "share of the memory that is left after the weights, for the KV cache",
     ),
     Option(
+        "load_format",
+        ("--load-format",),
+        ("DYN_TRTLLM_LOAD_FORMAT",),
+        None,
+        to_text,
+        "how the engine loads weights, if the engine config doesn't say so",
+    ),
+    Option(
         "trtllm_version",
         ("--trtllm-version",),
         ("DYN_MPI_TRTLLM_VERSION",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from dynamo_mpi.layout.model_files import find_model
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.config.sources import WorkerSources
 
@@ -52,6 +53,7 @@ class Settings:
     max_seq_len: int | None
     max_beam_width: int | None
     free_gpu_memory_fraction: float | None
+    load_format: str | None
     trtllm_version: str | None
     gpus_per_node: int | None
     gpu: str | None
@@ -64,6 +66,7 @@ class Settings:
     preflight_only: bool
     allow_no_gpu: bool
     no_peer_check: bool
+    allow_unlike_card: bool
     ready_file: Path | None
     probe_timeout: float
     probe: str
@@ -159,6 +162,8 @@ def load_settings(sources: WorkerSources) -> Settings:
             expected="flags, each with its value",
             fix="look at the quotes around values",
         )
+    if values["engine"] == "trtllm":
+        _refuse_visual_generation(passed_on, environ)
     if values["model"] is None:
         raise UsageError("no model was given", expected="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
     if role == "encode" and values["engine"] == "reference":
@@ -174,6 +179,20 @@ def load_settings(sources: WorkerSources) -> Settings:
     if values["endpoint"] is None:
         values["endpoint"] = f"dyn://{values['namespace']}.{values['component']}.generate"
     return Settings(**values, dynamic_flags=tuple(dynamic), passed_on=tuple(passed_on), origins=origins)
+
+
+def _refuse_visual_generation(words: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Refuse Dynamo's diffusion modalities: TensorRT-LLM serves them by another executor, and no completion can prove that it works."""
+    modality = environ.get("DYN_TRTLLM_MODALITY") or environ.get("MODALITY") or ""
+    for word, value in zip_longest(words, words[1:], fillvalue=""):
+        if word.partition("=")[0] == "--modality":
+            modality = word.partition("=")[2] or value
+    if modality.endswith("_diffusion"):
+        raise UsageError(
+            f"modality {modality}: this worker doesn't generate images or videos",
+            expected="a worker that generates text",
+            fix="start `python -m dynamo.trtllm` itself for images and videos; or remove --modality, DYN_TRTLLM_MODALITY and MODALITY",
+        )
 
 
 def _for_role(option: Option, role: str) -> Option:

@@ -171,6 +171,15 @@ OPTIONS: tuple[Option, ...] = (
         switch=True,
     ),
     Option(
+        "allow_unlike_card",
+        ("--allow-unlike-card",),
+        ("DYN_MPI_ALLOW_UNLIKE_CARD",),
+        False,
+        to_switch,
+        "start even if workers that serve this model have another model card (files, context length, KV block size), for a rolling change",
+        switch=True,
+    ),
+    Option(
         "ready_file",
         ("--ready-file",),
         ("DYN_MPI_READY_FILE",),

@@ -9,6 +9,7 @@ from dynamo_mpi.common.errors import DynamoMpiError, LayoutError, UsageError
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.discovery.etcd import CredentialsError, lease_seconds
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient, missing_client
+from dynamo_mpi.discovery.model_cards import cards_of, describe_unlike, read_cards, unlike
 from dynamo_mpi.discovery.peer_compat import incompatibility, warnings
 from dynamo_mpi.discovery.record_keeper import RecordKeeper
 from dynamo_mpi.discovery.records import Progress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.common.phases import PhaseProgress
     from dynamo_mpi.config.worker import Settings
+    from dynamo_mpi.discovery.model_cards import ModelCard, PlannedCard
     from dynamo_mpi.discovery.records import StoredRecord, WorkerRecord
 
 _PAIRED = ("prefill", "decode")
@@ -45,18 +47,21 @@ class RecordPublisher(WorkerHook):
         self._keeper: RecordKeeper | None = None
         self._phase = "preflight"
         self._record = record
+        self._etcd: GrpcEtcdClient | None = None
+        self._has_card = False
 
-    def publish(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        """Publish the record, and compare it with earlier peers.
+    def publish(self, settings: Settings, environ: Mapping[str, str], card: PlannedCard | None = None) -> None:
+        """Publish the record, and compare it with earlier peers, and this worker's model card with those of other workers.
 
         If nothing must be compared, or with ``--no-peer-check``, a record that can't be written is only a warning.
 
         Args:
             settings: the worker's.
             environ: has etcd's endpoints and our credentials.
+            card: the card that this worker will have; None if it has none.
 
         Raises:
-            LayoutError: an earlier peer doesn't fit.
+            LayoutError: an earlier peer doesn't fit, or a card of this model differs.
             DiscoveryError: etcd does not answer.
             AuthorizationError: it rejects our credentials.
             UsageError: the settings for etcd can't be used.
@@ -71,6 +76,8 @@ class RecordPublisher(WorkerHook):
             earlier = self._keeper.publish()
             if etcd.auth_is_disabled:
                 raise _needless()
+            self._etcd, self._has_card = etcd, card is not None
+            differing = [] if card is None else card.unlike(self._cards())
         except (CredentialsError, UsageError):
             # Dynamo's runtime would fail too, after two minutes of attempts, after the load
             self.unpublish()
@@ -83,6 +90,8 @@ class RecordPublisher(WorkerHook):
             self._log.warning(f"no worker record: {error}")
             return
         self._judge(self._record, earlier, seconds, refuse=not settings.no_peer_check)
+        if differing:
+            self._judge_card(differing, seconds, allow=settings.allow_unlike_card)
         self._keeper.start()
 
     def on_phase(self, phase: str) -> None:
@@ -95,6 +104,7 @@ class RecordPublisher(WorkerHook):
         """Set Dynamo's instance in the record."""
         if self._keeper is not None:
             self._keeper.set_instance(f"{lease:x}")
+        self._compare_registered(f"/{lease:x}")
 
     def on_requests_in_flight(self, count: int) -> None:
         """Set the number of requests in flight, within about a second."""
@@ -139,6 +149,35 @@ class RecordPublisher(WorkerHook):
             raise LayoutError(text)
         for line in warnings(record, earlier):
             self._log.info(f"preflight: {line}")
+
+    def _cards(self) -> list[ModelCard]:
+        entries = [] if self._etcd is None else self._etcd.get_prefix(cards_of(self._record.namespace))
+        return [card for _, card in read_cards(entries)]
+
+    def _judge_card(self, found: Sequence[tuple[ModelCard, list[str]]], seconds: int, *, allow: bool) -> None:
+        text = describe_unlike(self._record.model, found)
+        if not allow:
+            raise LayoutError(
+                text,
+                expected="equal cards: a frontend takes one worker's for all workers of a name, also for prompts and limits",
+                fix="start it with the same model files and limits, or under another --served-model-name; for a rolling change, "
+                f"--allow-unlike-card (the card of a killed worker expires after {seconds} s)",
+            )
+        self._log.warning(
+            f"{text}\n    a frontend sends this worker requests made for the others, or none, until they have gone"
+        )
+
+    def _compare_registered(self, instance: str) -> None:
+        """Warn if the card that this worker now has differs from another's: two may have started at the same moment."""
+        if not self._has_card:
+            return
+        try:
+            cards = self._cards()
+        except DynamoMpiError:
+            return  # the registration is watched elsewhere
+        own = next((card for card in cards if card.worker.endswith(instance)), None)
+        if own is not None and (found := unlike(own, cards)):
+            self._log.warning(describe_unlike(self._record.model, found))
 
 
 def _needless() -> UsageError:

@@ -15,6 +15,7 @@ from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
 from dynamo_mpi.layout.engine_reader import EngineReader
 from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.layout.layout import layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ FLAG_KEYS = {
     "max_seq_len": "--max-seq-len",
     "max_beam_width": "--max-beam-width",
     "kv_cache_config.free_gpu_memory_fraction": "--free-gpu-memory-fraction",
+    "load_format": "--load-format",
 }
+_GMS = "gms"
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,16 @@ def merge(layers: EngineLayers) -> MergedConfig:
         UsageError: both kinds of overrides, or a dynamic flag without a value.
     """
     keys: dict[str, Any] = {}
-    for path, value in layers.flags.items():
+    flags = dict(layers.flags)
+    if with_gms := flags.get("load_format") == _GMS:
+        # Dynamo gives the engine "auto" then
+        del flags["load_format"]
+    for path, value in flags.items():
         _set(keys, path.split("."), value)
     findings: list[Finding] = []
     if layers.yaml_text is not None:
         loaded = parse_yaml(layers.yaml_text, layers.yaml_path, "TensorRT-LLM's YAML")
-        for path, value in layers.flags.items():
+        for path, value in flags.items():
             found = _get(loaded, path.split("."), missing=value)
             if found != value:
                 findings.append(flag_without_effect(path, value, found, layers.yaml_path))
@@ -89,7 +96,10 @@ def merge(layers: EngineLayers) -> MergedConfig:
     if override:
         _deep_update(keys, override)
     where = layers.yaml_path if layers.yaml_text is not None else "the engine's flags"
-    return MergedConfig(type_engine_config(keys, where), tuple(findings))
+    config = type_engine_config(keys, where)
+    if with_gms and (ranks := layout_of(config, None).world_size) > 1:
+        findings.append(gms_in_the_child(ranks))
+    return MergedConfig(config, tuple(findings))
 
 
 def with_balancer(merged: MergedConfig, text: str) -> MergedConfig:
@@ -219,4 +229,16 @@ def flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Fi
         found=f"{flag} {value}; {yaml_path} says {path}: {found}",
         expected="the value in one place",
         fix=f"set {path} in {yaml_path}, or give --override-engine-args, which overrides both",
+    )
+
+
+def gms_in_the_child(ranks: int) -> Finding:
+    """H16: ``--load-format gms`` patches the process of ``dynamo.trtllm`` and ranks that it spawns itself, not these (``setup_gms``)."""
+    return Finding(
+        "H16",
+        Severity.ERROR,
+        "--load-format gms doesn't reach the ranks: Dynamo sets it up in dynamo.trtllm alone, which loads no weights here",
+        found=f"--load-format gms, {ranks} ranks",
+        expected="another load format for more than one rank",
+        fix="leave --load-format out",
     )

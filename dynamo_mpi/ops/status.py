@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from dynamo_mpi.common.display import sanitize, shell_word
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, ExitCode
 from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 from dynamo_mpi.deploy.services import listed_models
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import EtcdClient, etcd_endpoints
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
+from dynamo_mpi.discovery.model_cards import cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.spec import ROLES
 
@@ -119,7 +120,7 @@ def read_status(
         odd: dict[str, list[str]] = {}
         workers, unread = list_workers(etcd, namespace or "", odd)
         failures, unread_failures = list_failures(etcd, namespace or "", problems=odd)
-        return workers, failures, _warnings(unread | unread_failures, odd)
+        return workers, failures, [*_warnings(unread | unread_failures, odd), *_unlike_cards(etcd, namespace, model)]
 
     try:
         workers, failures, warnings = query_etcd(environ, seconds, query)
@@ -136,6 +137,14 @@ def read_status(
         services.states(),
         tuple(warnings),
     )
+
+
+def _unlike_cards(etcd: EtcdClient, namespace: str | None, model: str | None) -> list[str]:
+    try:
+        entries = etcd.get_prefix(cards_of(namespace or ""))
+    except AuthorizationError:  # an operator's rights may end with our own keys
+        return []
+    return unlike_models((space, card) for space, card in read_cards(entries) if model in (None, card.model))
 
 
 def _order(worker: StoredRecord) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
+    from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.mpi.launcher import LaunchInfo
@@ -90,7 +91,7 @@ def run_follower(
     signals.begin(partial(_forward_signal, agent, heartbeat))
     try:
         stopped = _check_hardware(world, spec, phases) if spec.probe else None
-        code = _follow(world, launch, spec, heartbeat, phases) if stopped is None else stopped
+        code = _follow(context, spec, heartbeat) if stopped is None else stopped
     except Exception as error:  # any error: the other ranks may be inside the engine's collectives
         heartbeat.report_failure(error)
     with phases.enter("exit"):
@@ -118,20 +119,18 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
     return message[1] if message[:1] == STOP else None
 
 
-def _follow(
-    world: World, launch: LaunchInfo, spec: EngineSpec, heartbeat: HeartbeatClient, phases: PhaseTracker
-) -> int:
+def _follow(context: RankContext, spec: EngineSpec, heartbeat: HeartbeatClient) -> int:
     if spec.engine == "trtllm":
-        return _follow_trtllm(world, heartbeat, phases)
-    return _follow_engine(world, launch, spec, heartbeat, phases)
+        return _follow_trtllm(context, heartbeat)
+    return _follow_engine(context.world, context.launch, spec, heartbeat, context.phases)
 
 
-def _follow_trtllm(world: World, heartbeat: HeartbeatClient, phases: PhaseTracker) -> int:
+def _follow_trtllm(context: RankContext, heartbeat: HeartbeatClient) -> int:
     # what TensorRT-LLM does on this rank isn't visible, so the phase follows rank 0's
-    heartbeat.on_phase(partial(_follow_phase, phases))
-    with phases.enter("load"):
-        follow_trtllm(world, heartbeat)
-    return world.broadcast()[1]
+    heartbeat.on_phase(partial(_follow_phase, context.phases))
+    with context.phases.enter("load"):
+        follow_trtllm(context.world, heartbeat, context.log)
+    return context.world.broadcast()[1]
 
 
 def _follow_phase(phases: PhaseTracker, name: str) -> None:
@@ -222,7 +221,7 @@ def encode_error(error: Exception | None) -> bytes:
     return encode_strings([str(code), text])
 
 
-def follow_trtllm(world: World, heartbeat: HeartbeatClient) -> None:
+def follow_trtllm(world: World, heartbeat: HeartbeatClient, log: RankLogger) -> None:
     """Join TensorRT-LLM's session and run its tasks until rank 0 closes it."""
     from dynamo_mpi.common.log import print_trtllm_launch_line
     from dynamo_mpi.engines.trtllm.session import serve_tasks
@@ -230,7 +229,7 @@ def follow_trtllm(world: World, heartbeat: HeartbeatClient) -> None:
 
     comm, tasks = world.duplicate(), world.duplicate()
     install(tasks, heartbeat.report_failure)
-    prepare_rank(world.rank)
+    prepare_rank(world.rank, world.size, log.warning)
     print_trtllm_launch_line("worker", world.rank, world.size)
     try:
         serve_tasks(comm)

@@ -214,7 +214,7 @@ class LeaderRank:
     ) -> ShutdownSignals:
         """Publish the worker record, and compare it with those of earlier peers."""
         # imported after the preflight result: a refused layout doesn't need it
-        from dynamo_mpi.runtime.worker_record import record_of
+        from dynamo_mpi.runtime.worker_record import planned_card, record_of
         from dynamo_mpi.supervisor.signals import ShutdownSignals, signals_of
 
         self._record_publisher = self._hooks.add_record_hooks(
@@ -224,7 +224,9 @@ class LeaderRank:
         self._context.agent.uninstall_signal_handlers()
         launcher = self._context.launch.launcher
         self._signals = signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
-        self._record_publisher.publish(settings, os.environ)
+        subject = result.subject
+        card = planned_card(settings, subject.config, subject.shape.context_length)
+        self._record_publisher.publish(settings, os.environ, card)
         return signals
 
     def _note_signal(self, number: int) -> None:

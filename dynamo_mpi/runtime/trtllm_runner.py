@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode, RetryableError, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, RetryableError, of_signal
 from dynamo_mpi.common.failure import TerminatedBySignal
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.log import print_trtllm_launch_line
@@ -32,8 +32,10 @@ from dynamo_mpi.engines.trtllm.endings import (
     SignalReceived,
     call_if_late,
     close_session,
+    ranks_left,
     readiness_error,
     stopped,
+    why_left,
 )
 from dynamo_mpi.engines.trtllm.process import ReadinessProbe, TrtllmProcess, exit_code_for
 from dynamo_mpi.engines.trtllm.session import Session, SessionDir
@@ -45,6 +47,7 @@ from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS, SignalThread, sig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dynamo_mpi.engines.trtllm.task import TaskEnd
     from dynamo_mpi.runtime.worker_hooks import WorkerContext
 
 _KEY_BYTES = 32
@@ -55,8 +58,10 @@ _RELEASE_SECONDS = 60.0
 _DEREGISTER_SECONDS = 0.5
 _FIRST_CAUSE_SECONDS = 0.5
 _KILLED_SECONDS = 0.1
+# the child closes its engine before it exits; rank 0's failed start makes it raise, then exit
 _CHILD_FIRST_SECONDS = 20.0
-_CHILD_FIRST_LOADING_SECONDS = 1.0
+# of another rank's failed start it learns nothing
+_CHILD_UNAWARE_SECONDS = 1.0
 
 
 class TrtllmRunner(WorkerHook):
@@ -87,6 +92,7 @@ class TrtllmRunner(WorkerHook):
         self._stop_timer: threading.Timer | None = None
         self._readiness_probe: ReadinessProbe | None = None
         self._session_dir: SessionDir | None = None
+        self._session: Session | None = None
 
     def run(self, on_ready: Callable[[], None]) -> ExitCode:
         """Run the worker until SIGTERM, SIGINT, SIGUSR2, shortly before the job's time limit, or the loss of its lease. Any other failure
@@ -146,11 +152,12 @@ class TrtllmRunner(WorkerHook):
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._supervisor.abort)
         print_trtllm_launch_line("leader", self._world.rank, self._world.size)
-        prepare_rank(self._world.rank)
+        prepare_rank(self._world.rank, self._world.size, self._log.warning)
         self._session_dir = SessionDir()
         key = secrets.token_bytes(_KEY_BYTES)
         child = self._start_child(SessionAddress(self._session_dir.address, key.hex(), self._world.size))
         session = Session(comm, self._session_dir.address, key)
+        self._session = session
         session.start(self._on_ranks_left, self._supervisor.abort)
         return child, session
 
@@ -257,7 +264,9 @@ class TrtllmRunner(WorkerHook):
                 self._events.put(ChildExited(code, lines))
             else:
                 loss = self._monitor.lost_lease_reason() if code == 0 else ""
-                self._supervisor.abort(ChildExitError(code, lines, loss), exit_code_for(code))
+                ends = () if self._session is None else self._session.ends()
+                reason = why_left(ends, self._supervisor.name)
+                self._supervisor.abort(ChildExitError(code, lines, loss, reason), exit_code_for(code))
 
     def _on_lease_lost(self, error: RetryableError) -> None:
         if self._child is not None and self._child.wait(_FIRST_CAUSE_SECONDS):
@@ -277,19 +286,12 @@ class TrtllmRunner(WorkerHook):
             self._stop_timer.daemon, self._stop_timer.name = True, "watch"
             self._stop_timer.start()
 
-    def _on_ranks_left(self, ranks: Sequence[int]) -> None:
-        """Abort the world because ranks have left their task, unless the child is exiting: it closes its engine before it exits."""
-        if self._child is not None and self._child.wait(
-            _CHILD_FIRST_SECONDS if self._serving else _CHILD_FIRST_LOADING_SECONDS
-        ):
+    def _on_ranks_left(self, ends: Sequence[TaskEnd]) -> None:
+        """Abort the world because ranks have left their task, unless the child is exiting, which says more."""
+        is_aware = self._serving or any(end.rank == 0 for end in ends)
+        if self._child is not None and self._child.wait(_CHILD_FIRST_SECONDS if is_aware else _CHILD_UNAWARE_SECONDS):
             return
-        self._supervisor.abort(
-            EngineError(
-                f"{self._supervisor.name(ranks)} left TensorRT-LLM's worker while dynamo.trtllm goes on",
-                expected="all ranks in it until dynamo.trtllm ends",
-                fix="see the last output of that rank for the reason: TensorRT-LLM logs such an error there and returns",
-            )
-        )
+        self._supervisor.abort(ranks_left(ends, self._supervisor.name))
 
     def _on_readiness_event(self, message: dict[str, Any]) -> None:
         if "registered" in message:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
@@ -13,18 +14,20 @@ from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.own_files import reason, remove_own, write_own
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.worker_process import process_start
+from dynamo_mpi.discovery.model_cards import PlannedCard
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
+from dynamo_mpi.engines.reference.config import DEFAULT_CONTEXT, DEFAULT_KV_BLOCK
 from dynamo_mpi.layout.contract import contract_of
 from dynamo_mpi.mpi.launcher import restart_count
 from dynamo_mpi.mpi.placement import hosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.config.worker import Settings
+    from dynamo_mpi.layout.engine_config import EngineConfig
     from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.supervisor.context import RankContext
 
@@ -76,6 +79,39 @@ def record_of(
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,
         attempt=restart_count(os.environ),
+    )
+
+
+_TEMPLATE_FLAG = "--custom-jinja-template"
+
+
+def planned_card(settings: Settings, config: EngineConfig, model_context: int | None) -> PlannedCard | None:
+    """Return the model card that this worker will register; None if it has none.
+
+    Args:
+        settings: the worker's settings.
+        config: the engine's.
+        model_context: the model's own context, in tokens.
+    """
+    if settings.role == "encode":
+        return None
+    # TensorRT-LLM says the size of its blocks when it has loaded
+    context, block = config.max_seq_len, None
+    if settings.engine == "reference":
+        # what it has without a setting
+        context = context or min(model_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        block = config.kv_cache.tokens_per_block or DEFAULT_KV_BLOCK
+    template = os.environ.get("DYN_CUSTOM_JINJA_TEMPLATE")
+    words = [word for text in settings.passed_on for word in text.split("=", 1)]
+    if _TEMPLATE_FLAG in words[:-1]:
+        template = words[words.index(_TEMPLATE_FLAG) + 1]
+    return PlannedCard(
+        settings.served_model_name,
+        settings.role == "prefill",
+        settings.model,
+        Path(template).expanduser() if template else None,
+        context,
+        block,
     )
 
 

@@ -30,7 +30,8 @@ def rank_died(host: str) -> DynamoMpiError:
         "died: its process exited without reporting an error",
         expected="every rank runs until the worker ends",
         fix="look for the signal or exit code in the output of what started the process (srun, mpirun, the container runtime); signal 9 "
-        f"(code 137) that no user sent means out of memory: check dmesg on {host}",
+        f"(code 137) that no user sent means out of memory: check dmesg on {host}; with TensorRT-LLM, also "
+        "that it ended all ranks itself after a crash or a hang, as its last lines say then",
     )
 
 

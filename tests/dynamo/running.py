@@ -239,7 +239,8 @@ class RunningWorker:
         command = [find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
         # gone with this object; short, for the unix sockets in it
         self._scratch = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
-        extra = {"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", "TMPDIR": self._scratch.name, **environment}
+        own = {"TMPDIR": self._scratch.name, "TRTLLM_CACHE_DIR": self._scratch.name}
+        extra = {"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", **own, **environment}
         variables = mpi_environment(extra)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(

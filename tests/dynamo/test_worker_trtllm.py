@@ -95,12 +95,12 @@ def gone_after(pid: int, number: signal.Signals) -> bool:
     return ended(pid)
 
 
-def ends_promptly(worker: RunningWorker, fault: str) -> int:
+def ends_promptly(worker: RunningWorker, fault: str, seconds: float = PROMPT_SECONDS) -> int:
     """Wait until the fault is there, and return the exit code, which has to follow soon."""
     eventually(lambda: fault in worker.text(), fault)
     begin = time.monotonic()
     code = worker.wait()
-    assert time.monotonic() - begin < PROMPT_SECONDS
+    assert time.monotonic() - begin < seconds
     return code
 
 
@@ -235,12 +235,68 @@ def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int,
     assert session_members(worker.process.pid) == []
 
 
+@pytest.mark.landing("all-0")
+@pytest.mark.parametrize(
+    ("who", "end_seconds", "ranks"),
+    [
+        ("all", 0, "rank [0-2]"),  # the child is quick: it is gone before anyone has looked for ranks that left
+        ("all", 4, "rank [0-2]"),
+        ("0", 0, "rank 0"),
+        ("0", 4, "rank 0"),
+    ],
+    ids=["all-0", "all-4", "0-0", "0-4"],
+)
+def test_a_failed_start_is_told_by_its_cause(who: str, end_seconds: int, ranks: str, start: Start) -> None:
+    """The real worker logs it and returns; the child gets it as the cause of another error, and takes its time to end."""
+    worker = start(STANDIN_TRTLLM_FAULT=f"fail:{who}", STANDIN_TRTLLM_END_SECONDS=str(end_seconds))
+    assert ends_promptly(worker, "stand-in fault: now", 2 * PROMPT_SECONDS + end_seconds) == 70, worker.text()
+    (report,) = reports(worker)
+    why = (
+        rf"{ranks} on \S+ logged: Failed to initialize executor on {ranks}: stand-in fault: {ranks} has no memory left"
+    )
+    assert re.search(rf"error in load: dynamo\.trtllm ended with code 1: {why}; its last lines:", report), report
+    assert session_members(worker.process.pid) == []
+
+
+def test_a_child_that_goes_on_after_a_failed_start_isnt_waited_for_for_long(start: Start) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT="fail:all", STANDIN_TRTLLM_END_SECONDS="600")
+    assert ends_promptly(worker, "stand-in fault: now", 30) == 70, worker.text()
+    (report,) = reports(worker)
+    assert re.search(
+        r"ranks 0-2 on \S+ left TensorRT-LLM's worker .*: rank \d on \S+ logged: Failed to init.* memory left", report
+    )
+
+
 def test_a_rank_that_leaves_as_if_it_were_done_ends_all(start: Start) -> None:
-    worker = start(STANDIN_TRTLLM_FAULT="leave:1")
+    worker = start(STANDIN_TRTLLM_FAULT="fail:1")
     assert ends_promptly(worker, "[E] Failed to initialize executor on rank 1") == 70, worker.text()
     (report,) = reports(worker)
     assert "error in load: rank 1 on " in report
     assert "left TensorRT-LLM's worker" in report
+    assert "logged: Failed to initialize executor on rank 1: stand-in fault: rank 1 has no memory left" in report
+
+
+@pytest.mark.landing("crash-1")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("crash", 70, "RuntimeError: stand-in fault: illegal memory access"),
+        ("stick", 124, "Hang detected after 300 seconds."),
+    ],
+    ids=["crash", "stick"],
+)
+def test_tensorrt_llms_own_hard_kill_is_reported_first(
+    fault: str, code: int, said: str, rank: int, start: Start
+) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT=f"{fault}:{rank}")
+    assert ends_promptly(worker, "propagating hard-kill to all ranks") == code, worker.text()
+    (report,) = reports(worker)
+    assert ("dynamo_mpi: rank 0 on " in report) if rank == 0 else ("rank 1 on " in report)
+    assert "kills all ranks; its last errors:" in report
+    block = worker.text().partition(report)[2]
+    assert f"    {said}\n" in block, block
+    assert session_members(worker.process.pid) == []
 
 
 @pytest.mark.serial

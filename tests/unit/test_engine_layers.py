@@ -27,6 +27,7 @@ from dynamo_mpi.layout.engine_layers import (
     split_dynamic_flags,
     with_balancer,
 )
+from dynamo_mpi.layout.finding import Severity
 
 
 def dynamos(path: str) -> ModuleType:
@@ -73,6 +74,20 @@ def test_each_layer_lies_over_the_one_before() -> None:
     three = {"max_batch_size": 3, "max_num_tokens": 2, "max_seq_len": 1}
     assert keys(flags, text, '{"max_batch_size": 3}') == three
     assert keys(flags, text, dynamic=("--trtllm.max_batch_size", "3")) == three
+
+
+def test_gms_is_set_up_in_the_child_alone() -> None:
+    flags = {"load_format": "gms", "tensor_parallel_size": 2}
+    (finding,) = merge(EngineLayers(flags)).findings
+    assert (finding.rule, finding.severity, finding.found) == ("H16", Severity.ERROR, "--load-format gms, 2 ranks")
+    (finding,) = merge(EngineLayers({"load_format": "gms"}, "pipeline_parallel_size: 3")).findings
+    assert finding.rule == "H16"
+    assert not merge(EngineLayers({"load_format": "gms"})).findings
+    # the engine's own, which each rank sets up
+    assert not merge(EngineLayers({}, "load_format: GMS\ntensor_parallel_size: 2")).findings
+    # what Dynamo gives the engine
+    assert keys(flags) == {"tensor_parallel_size": 2}
+    assert keys({"load_format": "dummy"}) == {"load_format": "dummy"}
 
 
 def test_overrides_need_no_engine_config() -> None:

@@ -377,6 +377,11 @@ CASES = [
     Case(LLAMA, "speculative_config: {decoding_type: MTP, max_draft_len: 1}", 1, 1, "", "H12"),
     Case(LLAMA, "speculative_config: {decoding_type: Eagle, max_draft_len: 3}", 1, 1, "H12"),
     Case(LLAMA, "orchestrator_type: ray", 1, 1, "H15", version="1.2.1"),
+    Case(LLAMA, "orchestrator_type: mpi", 1, 1, "H15", version="1.2.1"),
+    Case(LLAMA, TP2 + "orchestrator_type: rpc", 1, 2, "H15", version="1.2.1"),
+    Case(LLAMA, "backend: _autodeploy\nworld_size: 2\norchestrator_type: rpc", 1, 2, "H15", version="1.2.1"),
+    Case(LLAMA, "orchestrator_type: rpc", 1, 1, version="1.2.1"),
+    Case(LLAMA, "orchestrator_type: null", 1, 1, version="1.2.1"),
     # keys
     Case(LLAMA, "pytorch_backend_config: {enable_overlap_scheduler: true}", 1, 1, "H"),
     Case(LLAMA, "kv_cache_dtype: fp8", 1, 1, "H"),

@@ -35,6 +35,7 @@ SAMPLES = {
     "max_seq_len": "6",
     "max_beam_width": "8",
     "free_gpu_memory_fraction": "0.5",
+    "load_format": "dummy",
     "trtllm_version": "1.2.1",
     "gpus_per_node": "9",
     "gpu": "h200",
@@ -47,6 +48,7 @@ SAMPLES = {
     "preflight_only": "true",
     "allow_no_gpu": "true",
     "no_peer_check": "true",
+    "allow_unlike_card": "true",
     "ready_file": "/r.json",
     "probe_timeout": "1.5",
     "probe": "fabric",
@@ -400,6 +402,25 @@ def test_flags_of_dynamo_trtllm_are_handed_on_in_their_order() -> None:
     settings = load(*words, *MODEL, "--trtllm.a.b", "1")
     assert settings.passed_on == ("--publish-kv-events", "--kv-block-size", "64", "--modality", "multimodal")
     assert settings.dynamic_flags == ("--trtllm.a.b", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "environ"),
+    [
+        (("--modality", "image_diffusion"), {}),
+        (("--modality=video_diffusion",), {"MODALITY": "text"}),
+        ((), {"MODALITY": "image_diffusion"}),
+        ((), {"DYN_TRTLLM_MODALITY": "video_diffusion", "MODALITY": "text"}),
+    ],
+)
+def test_a_worker_that_generates_images_is_refused(words: tuple[str, ...], environ: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"modality (image|video)_diffusion: this worker doesn't generate images"):
+        load(*MODEL, "--engine", "trtllm", *words, environ=environ)
+    assert load(*MODEL, "--engine", "reference", environ=environ).engine == "reference"
+
+
+def test_the_flag_of_the_modality_takes_precedence() -> None:
+    assert load(*MODEL, "--engine", "trtllm", "--modality", "text", environ={"MODALITY": "image_diffusion"}).passed_on
 
 
 def test_the_reference_engine_has_no_further_flags() -> None:

@@ -43,6 +43,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         key_rules.check_keys,
         value_rules.check_values,
         engine_layers.flag_without_effect,
+        engine_layers.gms_in_the_child,
         contract.check_contracts,
         *roster.RULES,
         *peers.RULES,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dynamo_mpi.common.errors import ConfigFileError, LayoutError
 
-_DEFAULT_CONTEXT = 2048
+DEFAULT_CONTEXT = 2048
+DEFAULT_KV_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ReferenceConfig:
     max_batch_size: int = 8
     max_num_tokens: int = 512
     max_seq_len: int | None = None
-    kv_block_size: int = 32
+    kv_block_size: int = DEFAULT_KV_BLOCK
     pp_size: int = 1
     cp_size: int = 1
     serves_kv: bool = False
@@ -74,7 +75,7 @@ class ReferenceConfig:
             ConfigFileError: ``max_seq_len`` exceeds the model's context.
         """
         if self.max_seq_len is None:
-            return min(model_context, _DEFAULT_CONTEXT)
+            return min(model_context, DEFAULT_CONTEXT)
         if self.max_seq_len > model_context:
             raise ConfigFileError(
                 f"max_seq_len is {self.max_seq_len}, the model's context {model_context} tokens",

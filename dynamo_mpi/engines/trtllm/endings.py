@@ -16,12 +16,14 @@ from dynamo_mpi.common.errors import (
     PhaseTimeoutError,
     RetryableError,
 )
+from dynamo_mpi.common.failure import is_secondary
 from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_mpi.engines.trtllm.session import Session
+    from dynamo_mpi.engines.trtllm.task import TaskEnd
 
 
 class ChildExited(NamedTuple):
@@ -74,12 +76,15 @@ class ChildExitError(DynamoMpiError):
         code: as `subprocess.Popen.returncode` gives it.
         lines: its last output lines.
         loss: why its lease is lost; empty if it isn't.
+        reason: why the ranks have left its engine; empty if they haven't. Without it, the cause is looked for in the lines.
     """
 
-    def __init__(self, code: int, lines: Sequence[str], loss: str = "") -> None:
+    def __init__(self, code: int, lines: Sequence[str], loss: str = "", reason: str = "") -> None:
         found = f"dynamo.trtllm {describe_end(code)}"
         fix = "look at its last lines"
-        if code == 0:
+        if code > 0 and (cause := reason or innermost_error(lines)):
+            found += f": {cause}"
+        elif code == 0:
             found += " although it was not asked to end"
             fix = "start the worker again; if it happens again, find out what ends it"
             # by its runtime's output: an orderly exit revokes the lease too, so etcd's state alone is not enough
@@ -94,6 +99,62 @@ class ChildExitError(DynamoMpiError):
         self.code = code
         if code == 0:
             self.exit_code = ExitCode.TEMPORARY
+
+
+_CHAINED = (
+    "The above exception was the direct cause of the following exception:",
+    "During handling of the above exception, another exception occurred:",
+)
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+def innermost_error(lines: Sequence[str]) -> str:
+    """Return the error at the beginning of the last chain of tracebacks: TensorRT-LLM wraps the cause of a failed start into
+    ``RuntimeError: Executor worker returned error``.
+
+    Args:
+        lines: a process's output.
+
+    Returns:
+        The last line of that error; empty if the lines hold no chain.
+    """
+    found = ""
+    at = len(lines)
+    while (at := _last_link(lines, at)) >= 0:
+        error = next((line for line in reversed(lines[:at]) if line.strip()), "")
+        found = error.strip() or found
+        between = [line for line in lines[_last_link(lines, at) + 1 : at] if line.strip()]
+        # otherwise the chain begins here
+        if not between or between[0].strip() != _TRACEBACK or between.count(_TRACEBACK) > 1:
+            break
+    return found
+
+
+def _last_link(lines: Sequence[str], end: int) -> int:
+    return next((at for at in range(end - 1, -1, -1) if lines[at].strip() in _CHAINED), -1)
+
+
+def ranks_left(ends: Sequence[TaskEnd], name: Callable[[Sequence[int]], str]) -> DynamoMpiError:
+    """Return the error for ranks that have left TensorRT-LLM's worker while ``dynamo.trtllm`` goes on.
+
+    Args:
+        ends: the ranks, in the order in which they left.
+        name: returns the names of ranks with their hosts.
+    """
+    reason = why_left(ends, name)
+    return EngineError(
+        f"{name(sorted(end.rank for end in ends))} left TensorRT-LLM's worker while dynamo.trtllm goes on"
+        + (f": {reason}" if reason else ""),
+        expected="all ranks in it until dynamo.trtllm ends",
+        fix="look at the traceback that TensorRT-LLM has logged there: it logs such an error and returns",
+    )
+
+
+def why_left(ends: Sequence[TaskEnd], name: Callable[[Sequence[int]], str]) -> str:
+    """Return the first error that ranks logged before they left, and where, unless it follows from another's; empty if none did."""
+    said = [end for end in ends if end.reason]
+    first = next((end for end in said if not is_secondary(end.reason)), said[0] if said else None)
+    return "" if first is None else f"{name([first.rank])} logged: {first.reason}"
 
 
 def readiness_error(message: Mapping[str, Any], *, registered: bool) -> DynamoMpiError:

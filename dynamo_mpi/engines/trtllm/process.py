@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.config.worker import Settings
 
-_LINES_KEPT = 20
+# a chain of tracebacks, whose first error is the cause, is that long
+_LINES_KEPT = 400
 _LONGEST_LINE = 2000
 _PIPE_BYTES = 1 << 20
 _USAGE_CODE = 2  # argparse's

@@ -14,12 +14,13 @@ import importlib
 import inspect
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.files import private_dir
-from dynamo_mpi.engines.trtllm.task import Task, take_own_gpu
+from dynamo_mpi.engines.trtllm.task import Task, TaskEnd, take_own_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,13 +83,15 @@ class Session:
         self._size = comm.Get_size()
         self._exit_allowed, self._closing = threading.Event(), threading.Event()
         self._running: list[concurrent.futures.Future[Any]] = []
+        # of the running task, in the order in which ranks left it
+        self._ends: list[TaskEnd] = []
         self._thread: threading.Thread | None = None
 
-    def start(self, on_left: Callable[[Sequence[int]], None], on_failure: Callable[[BaseException], None]) -> None:
+    def start(self, on_left: Callable[[Sequence[TaskEnd]], None], on_failure: Callable[[BaseException], None]) -> None:
         """Start the thread that runs tasks.
 
         Args:
-            on_left: called from that thread with the ranks that left a task while others continue it.
+            on_left: called from that thread when ranks leave a task that has not been allowed to end, in the order in which they left.
             on_failure: called from that thread with an error that stops it.
         """
 
@@ -101,6 +104,10 @@ class Session:
 
         self._thread = threading.Thread(target=run, name="session", daemon=True)
         self._thread.start()
+
+    def ends(self) -> tuple[TaskEnd, ...]:
+        """Return which ranks have left the running task, in the order in which they did. From any thread."""
+        return tuple(self._ends)
 
     def allow_exit(self) -> None:
         """From now on, allow ranks to leave their task before others."""
@@ -115,7 +122,7 @@ class Session:
         concurrent.futures.wait(self._running)
         self._server.session.shutdown()
 
-    def _serve(self, on_left: Callable[[Sequence[int]], None]) -> None:
+    def _serve(self, on_left: Callable[[Sequence[TaskEnd]], None]) -> None:
         # ZeroMQ's sockets are not thread-safe: only this thread uses them
         queue = self._server.queue
         try:
@@ -123,20 +130,23 @@ class Session:
         finally:
             queue.close()
 
-    def _run_tasks(self, queue: Any, on_left: Callable[[Sequence[int]], None]) -> None:
+    def _run_tasks(self, queue: Any, on_left: Callable[[Sequence[TaskEnd]], None]) -> None:
         while not self._closing.is_set():
             if self._running:
                 self._check_early_exits(on_left)
             if not queue.poll(_POLL_SECONDS):
                 continue
-            message = queue.get()
+            message = _receive(queue)
             if message is None:
                 # TensorRT-LLM's launcher sends None when its command has exited; here, rank 0 notices that itself
                 continue
             # each rank runs one task at a time: wait until all ranks have ended the previous one
             self._finish()
             task = Task(message.task, keeps_result=message.sync)
+            self._ends = ends = list[TaskEnd]()
             self._running = list(self._server.session.submit(task, *message.args, **message.kwargs))
+            for future in () if message.sync else self._running:
+                future.add_done_callback(partial(_note_end, ends))
             if len(self._running) != self._size:
                 raise RuntimeError(f"the session ran a task on {len(self._running)} of {self._size} ranks")
             if message.sync and self._finish():
@@ -166,16 +176,43 @@ class Session:
                     fix="start all ranks in the same container, with the same HF_HOME or a model folder that contains its code",
                 )
 
-    def _check_early_exits(self, on_left: Callable[[Sequence[int]], None]) -> None:
+    def _check_early_exits(self, on_left: Callable[[Sequence[TaskEnd]], None]) -> None:
         """Report ranks that left a task early: a rank whose engine can't be built only logs that (K12), and the others wait forever."""
         self._raise_load_errors()
-        ended = [future for future in self._running if future.done()]
-        if not ended or self._exit_allowed.is_set():
+        if not any(future.done() for future in self._running) or self._exit_allowed.is_set():
             return
         concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS)
+        self._raise_load_errors()
         if not self._exit_allowed.is_set():
-            on_left(sorted(future.result() for future in ended))
+            on_left(self.ends())
             self._running = [future for future in self._running if not future.done()]
+
+
+def _note_end(ends: list[TaskEnd], future: concurrent.futures.Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        ends.append(future.result())
+
+
+def _receive(queue: Any) -> Any:
+    """Receive a message of the child; rank 0 loads the task in it, too.
+
+    Raises:
+        EngineError: it can't be loaded here, or it isn't the child's.
+    """
+    try:
+        return queue.get()
+    except (ImportError, AttributeError) as error:
+        raise EngineError(
+            f"rank 0 could not load a task of dynamo.trtllm: {type(error).__name__}: {error}",
+            expected="classes and functions that the ranks can import as dynamo.trtllm can",
+            fix="install their package in every rank's environment, or put its folder on PYTHONPATH of the srun or mpirun command",
+        ) from None
+    except RuntimeError as error:  # a wrong signature
+        raise EngineError(
+            f"a message to TensorRT-LLM's session can't be used: {error}",
+            expected="messages of this worker's dynamo.trtllm",
+            fix="start the worker again; if it happens again, look for other processes that use the session's socket in TMPDIR",
+        ) from error
 
 
 def import_session() -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.engines.trtllm.engine_log import EngineErrors
+from dynamo_mpi.engines.trtllm.flashinfer import claim_workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,21 +20,20 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-def prepare_rank(rank: int) -> None:
+def prepare_rank(rank: int, size: int, warn: Callable[[str], object]) -> None:
     """Set the variables that TensorRT-LLM's own launcher sets for a rank, unless the user has set them.
 
-    FlashInfer compiles into its workspace, and ranks that share one disturb each other; the cubins that it downloads stay shared.
+    Args:
+        rank: this rank.
+        size: ranks of the world.
+        warn: called with a warning.
+
+    Raises:
+        EngineError: this rank has no folder for compiled kernels.
     """
     # with it, the ranks of this world would ignore each other
     os.environ.pop("TLLM_DISABLE_MPI", None)
-    if "FLASHINFER_WORKSPACE_BASE" in os.environ or os.environ.get("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS") == "0":
-        return
-    try:
-        cache = Path.home() / ".cache"
-    except RuntimeError:  # no home directory: FlashInfer reports that itself
-        return
-    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "tensorrt_llm" / "flashinfer" / f"rank-{rank}")
-    os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cache / "flashinfer" / "cubins"))
+    claim_workspace(rank, size, os.environ, warn)
 
 
 def take_own_gpu(rank: int) -> None:
@@ -46,25 +47,38 @@ def take_own_gpu(rank: int) -> None:
 _POLL_SECONDS = 0.005
 
 
+class TaskEnd(NamedTuple):
+    """A task has ended on a rank.
+
+    Args:
+        rank: the rank.
+        reason: what TensorRT-LLM has logged there as an error; empty if nothing.
+    """
+
+    rank: int
+    reason: str
+
+
 class _RankContext(NamedTuple):
-    """This rank's communicator and abort function."""
+    """This rank's communicator, abort function, and listener for the engine's errors."""
 
     comm: MPI.Intracomm
-    abort: Callable[[BaseException], None]
+    abort: Callable[[BaseException], object]
+    errors: EngineErrors
 
 
 # a task that is loaded from bytes finds its context here; set once, before the first task
 _context: list[_RankContext] = []
 
 
-def install(comm: MPI.Intracomm, abort: Callable[[BaseException], None]) -> None:
+def install(comm: MPI.Intracomm, abort: Callable[[BaseException], object]) -> None:
     """Prepare this rank for tasks.
 
     Args:
         comm: a communicator of all ranks for the tasks' barrier.
-        abort: called with the exception of a task. It ends the world and doesn't return.
+        abort: called with the exception of a task, or when the engine is about to kill all ranks. It ends the world and doesn't return.
     """
-    _context[:] = [_RankContext(comm, abort)]
+    _context[:] = [_RankContext(comm, abort, EngineErrors(abort))]
 
 
 class Task:
@@ -72,7 +86,7 @@ class Task:
 
     Args:
         function: the function to run on every rank.
-        keeps_result: whether to return its result; otherwise the rank is returned.
+        keeps_result: whether to return its result; otherwise a `TaskEnd` is returned.
     """
 
     def __init__(self, function: Callable[..., Any], *, keeps_result: bool) -> None:
@@ -80,13 +94,15 @@ class Task:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function after all ranks have a task: an executor would give an idle rank the task of a slow one as well."""
-        comm, abort = _context[0]
+        comm, abort, errors = _context[0]
+        # TensorRT-LLM has been imported, and its logger has been made
+        errors.attach()
         try:
             started = comm.Ibarrier()
             while not started.Test():
                 time.sleep(_POLL_SECONDS)
             result = self.function(*args, **kwargs)
-            return result if self.keeps_result else comm.Get_rank()
+            return result if self.keeps_result else TaskEnd(comm.Get_rank(), errors.reason())
         except BaseException as error:
             # rank 0 is in this task too, and the others are in collectives that this rank will never join
             abort(error)

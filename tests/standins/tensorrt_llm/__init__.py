@@ -15,11 +15,15 @@ Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_
     reaches the proxy (``RemoteWorkerDeath``), a session of another size is refused, and the pool over COMM_WORLD outlives
     its session. Before, the proxy waits for ever.
 ``STANDIN_TRTLLM_FAULT``
-    One of ``raise:RANK`` (RuntimeError while that rank loads), ``leave:RANK`` (that rank, not 0, writes down an error and returns, as
-    the real worker does when its engine can't be built), ``hang:RANK`` (it never comes back from loading),
-    ``die:RANK`` (``os._exit(3)`` while it loads), ``slow:SECONDS`` (every rank takes that long to load),
+    One of ``raise:RANK`` (RuntimeError in that rank's task, before its engine is built), ``fail:RANK`` or ``fail:all`` (ValueError
+    while the engine is built: as with the real worker, each such rank logs it and returns, and rank 0 sends it to the proxy, which
+    raises "Executor worker returned error" from it), ``hang:RANK`` (it never comes back from loading), ``die:RANK`` (``os._exit(3)``
+    while it loads), ``crash:RANK``, ``stick:RANK`` (a second after loading, the real one's hard kill, with 137 for all ranks: its
+    loop crashed, or hangs), ``slow:SECONDS`` (every rank takes that long to load),
     ``lose-lease:SECONDS`` (that long after loading, the process that holds the LLM ends in order without having been asked,
     with code 0), ``unhealthy:SECONDS`` (that long after loading, the LLM is found dead).
+``STANDIN_TRTLLM_END_SECONDS``
+    How long the process that holds the LLM goes on after a failed start.
 """
 
 from __future__ import annotations

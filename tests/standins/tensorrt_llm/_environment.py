@@ -19,7 +19,13 @@ def _role() -> str:
 
 ROLE = _role()
 VERSION = os.environ.get("STANDIN_TRTLLM_VERSION", "1.3.0rc22")
-_FAULTS = {"raise": int, "leave": int, "hang": int, "die": int, "slow": float, "lose-lease": float, "unhealthy": float}
+ALL = -1.0
+_FAULTS = {
+    **dict.fromkeys(
+        ("raise", "fail", "hang", "die", "crash", "stick"), lambda text: ALL if text == "all" else int(text)
+    ),
+    **dict.fromkeys(("slow", "lose-lease", "unhealthy"), float),
+}
 
 
 def reports_worker_death() -> bool:
@@ -42,15 +48,36 @@ def fault(kind: str) -> float | None:
     return number if name == kind else None
 
 
+def strikes(kind: str, rank: int) -> bool:
+    """Return whether this fault is the one asked for, and for this rank."""
+    return fault(kind) in (rank, ALL)
+
+
+def suffer_before_loading(rank: int) -> None:
+    """Raise where the real worker's task does, before it builds its engine."""
+    if strikes("raise", rank):
+        _say(rank)
+        raise RuntimeError(f"stand-in fault: rank {rank} can't load")
+
+
+def seconds_of(name: str) -> float:
+    """Return the seconds in a variable, or 0."""
+    return float(os.environ.get(name) or 0)
+
+
+def _say(rank: int) -> None:
+    # for who measures what happens from here on
+    print(f"stand-in fault: now, rank {rank}", file=sys.stderr, flush=True)
+
+
 def suffer_while_loading(rank: int) -> None:
     """Do what the fault says for this rank."""
     time.sleep(fault("slow") or 0.0)
-    if rank in (fault("raise"), fault("die"), fault("hang")):
-        # for who measures what happens from here on
-        print(f"stand-in fault: now, rank {rank}", file=sys.stderr, flush=True)
-    if fault("raise") == rank:
-        raise RuntimeError(f"stand-in fault: rank {rank} can't load")
-    if fault("die") == rank:
+    if any(strikes(kind, rank) for kind in ("fail", "die", "hang")):
+        _say(rank)
+    if strikes("fail", rank):
+        raise ValueError(f"stand-in fault: rank {rank} has no memory left")
+    if strikes("die", rank):
         os._exit(3)
-    if fault("hang") == rank:
+    if strikes("hang", rank):
         threading.Event().wait()

@@ -7,14 +7,16 @@ import concurrent.futures
 import shutil
 import tempfile
 import threading
+import time
 from typing import Protocol
 
 from mpi4py import MPI
 
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, TokenCallback, TokenChunk
 from dynamo_mpi.engines.spec import EngineSpec
-from tensorrt_llm._environment import reports_worker_death
+from tensorrt_llm._environment import reports_worker_death, seconds_of
 from tensorrt_llm.llmapi.mpi_session import MpiSession, RemoteMpiCommSessionClient
+from tensorrt_llm.logger import logger
 
 from .ipc import ZeroMqQueue
 from .request import CancellingRequest, Submission
@@ -115,12 +117,14 @@ class GenerationExecutorProxy:
             if error is not None:
                 self._close()
                 raise error
-        answer = self._status.get()
+        answer, trace, *_ = self._status.get()
         if isinstance(answer, Ready):
             return answer.limits
+        logger.error(f"Executor worker initialization error: {trace}")
         self._close()
+        time.sleep(seconds_of("STANDIN_TRTLLM_END_SECONDS"))
         assert isinstance(answer, Exception)
-        raise answer
+        raise RuntimeError("Executor worker returned error") from answer
 
     def _worker_error(self) -> BaseException | None:
         if any(future.done() for future in self._futures):

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import pickle
 import threading
+import time
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +15,7 @@ from dynamo_mpi.engines.protocol import Engine, EngineLimits, RequestError, Toke
 from dynamo_mpi.engines.reference.factory import build_reference_engine
 from dynamo_mpi.engines.spec import EngineSpec
 from tensorrt_llm import _environment, _utils
+from tensorrt_llm.logger import logger
 
 from .ipc import ZeroMqQueue
 from .request import CancellingRequest, Submission
@@ -48,34 +52,58 @@ def load_engine(spec: EngineSpec, comm: MPI.Intracomm) -> Engine:
     return engine
 
 
-def _leaves(rank: int) -> bool:
-    """Whether this rank does what the real one does when its engine can't be built: it writes that down, and returns."""
-    if _environment.fault("leave") != rank:
-        return False
-    print(f"[TRT-LLM] [E] Failed to initialize executor on rank {rank}: stand-in fault", file=sys.stderr, flush=True)
-    return True
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def worker_main(spec: EngineSpec, worker_queues: WorkerCommIpcAddrs) -> None:
-    """Load on all ranks and serve until the proxy says that it is over."""
+    """Load on all ranks and serve until the proxy says that it is over. A rank that can't load logs that, and returns."""
     # apart from the barriers around the task, in which a rank that fails will wait
     comm = _utils.mpi_comm().Dup()
-    if comm.Get_rank() != 0:
-        if not _leaves(comm.Get_rank()):
-            load_engine(spec, comm).follow()
-        return
-    status = ZeroMqQueue(worker_queues.worker_init_status_queue_addr, is_server=False, name="worker_init_status")
+    rank = int(comm.Get_rank())
+    _environment.suffer_before_loading(rank)
+    status = None
+    if rank == 0:
+        status = ZeroMqQueue(worker_queues.worker_init_status_queue_addr, is_server=False, name="worker_init_status")
+    identities = comm.allgather(os.getpid())
     try:
         engine = load_engine(spec, comm)
-        engine.start()
     except Exception as error:
-        # as text: not every exception survives pickling
-        status.put(RuntimeError(f"Executor worker returned error: {type(error).__name__}: {error}"))
-        status.close()
-        raise
-    status.put(Ready(engine.limits))
+        logger.error(f"Failed to initialize executor on rank {rank}: {error}")
+        logger.error(traceback.format_exc())
+        if status is not None:
+            status.put((_portable(error), traceback.format_exc()))
+            status.close()
+        return
+    for kind in ("crash", "stick"):
+        if _environment.strikes(kind, rank):
+            threading.Thread(target=_hard_kill, args=(kind, comm.Get_size()), daemon=True).start()
+    if status is None:
+        engine.follow()
+        return
+    engine.start()
+    status.put((Ready(engine.limits), None, identities))
     _serve(engine, worker_queues)
     status.close()
+
+
+def _hard_kill(kind: str, size: int) -> None:
+    """End all ranks as the real one does, in a thread of its own."""
+    time.sleep(1.0)
+    if kind == "stick":
+        logger.error("Hang detected after 300 seconds.")
+    else:
+        try:
+            raise RuntimeError("stand-in fault: illegal memory access")
+        except RuntimeError:
+            logger.error(traceback.format_exc())
+        logger.error(f"Executor loop crashed on this rank; hard-killing all {size} ranks in 10s")
+    logger.error("HangDetector: propagating hard-kill to all ranks via MPI_Abort.")
+    _utils.mpi_comm().Abort(137)
 
 
 def _serve(engine: Engine, worker_queues: WorkerCommIpcAddrs) -> None:
