@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What TensorRT-LLM logs on a rank before it leaves: it tells a failed start, and that it is about to kill all ranks, to its log alone.
 
-Its logger is Python's ``TRT-LLM``; which of its lines mean what is in docs/trtllm-session.md.
+Its logger is Python's ``TRT-LLM``; which of its lines mean what is in docs/concepts/trtllm-session.md.
 """
 
 from __future__ import annotations
