@@ -181,8 +181,8 @@ def _compare(file: ComparedFile) -> str:
         # no TextIOWrapper: newline translation would hide a difference
         with open(file.path, "rb") as stream:
             mine = stream.read().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        return f"{file.path} can't be read: {error.strerror}"
+    except (OSError, UnicodeError) as error:
+        return f"{file.path} can't be read: {_why(error)}"
     if mine == file.content:
         return ""
     here, there = mine.splitlines(keepends=True), file.content.splitlines(keepends=True)
@@ -190,6 +190,12 @@ def _compare(file: ComparedFile) -> str:
         if a != b:
             return f"{file.path} differs, first at line {number}: {_excerpt(a, b)}, on rank 0 {_excerpt(b, a)}"
     return f"{file.path} differs: {len(here)} lines, on rank 0 {len(there)}"
+
+
+def _why(error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):  # rank 0's locale knows more characters than this rank's
+        return "this rank's locale can't write its name; set the same LC_ALL on all hosts, or PYTHONUTF8=1"
+    return error.strerror or str(error)
 
 
 def _excerpt(line: str, other: str) -> str:
@@ -208,8 +214,8 @@ def weight_files(names: Sequence[str]) -> tuple[str, ...]:
 def _weights(report_request: ReportRequest, *, each_file: bool) -> str:
     try:
         names = set(weight_files(os.listdir(report_request.model_dir)))
-    except OSError as error:
-        return f"{report_request.model_dir} can't be read: {error.strerror}"
+    except (OSError, UnicodeError) as error:
+        return f"{report_request.model_dir} can't be read: {_why(error)}"
     if missing := [name for name in report_request.weights if name not in names]:
         return f"{report_request.model_dir} lacks {len(missing)} of {len(report_request.weights)} weight files, first {missing[0]}"
     if each_file:  # once per node: if every rank opened hundreds of shards, a shared file system would be overloaded

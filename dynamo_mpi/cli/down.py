@@ -25,7 +25,15 @@ from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, SERVICES, STOP, open_run_dir
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
-from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir, read_launch
+from dynamo_mpi.ops.deployment import (
+    MODEL,
+    NAMESPACE,
+    RUN_DIR,
+    NoRunDirError,
+    find_deployment,
+    find_run_dir,
+    read_launch,
+)
 from dynamo_mpi.ops.stop import WorkerSelector, stop_workers
 
 if TYPE_CHECKING:
@@ -86,9 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         with open_run_dir(run_dir) as folder:
             return _end(run_dir, folder, values, is_named=named is not None, dry_run=arguments.dry_run)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"there is no folder {run_dir}", expected="the run folder of a deployment", fix="--run-dir DIR"
-        ) from None
+        raise NoRunDirError(run_dir) from None
     except PermissionError:
         raise AuthorizationError(
             f"{run_dir} can't be used by this user",

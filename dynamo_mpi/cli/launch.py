@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import without_controls
-from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
+from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
@@ -138,8 +139,9 @@ def _conduct(
         _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
         return error.status, str(error)
     except OSError as error:
-        _say(f"dynamo-mpi launch: file system error: {error}")
-        return ExitCode.ENGINE, f"file system error: {error}"
+        refused = of_os_error(error)
+        _say(f"dynamo-mpi launch: {refused}")
+        return refused.exit_code, str(refused)
     return code, "ended in order"
 
 

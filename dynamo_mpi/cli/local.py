@@ -18,6 +18,7 @@ from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
+from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
@@ -176,6 +177,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _fail(printer, error, error.status)
     except DynamoMpiError as error:
         return _fail(printer, error, error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as os_error:
+        refused = of_os_error(os_error)
+        return _fail(printer, refused, refused.exit_code)
     return ExitCode.OK
 
 

@@ -68,18 +68,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except DynamoMpiError as error:
-        from dynamo_mpi.common.display import without_controls
-        from dynamo_mpi.common.redact import process_redactor  # imported here, so that a start without errors is fast
-
-        redact = process_redactor().redact
-        print(without_controls(f"{PROGRAM}: {redact(str(error))}"), file=sys.stderr)
-        _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
-        return error.exit_code
+        return _report(words, error)
     except KeyboardInterrupt:
         return _code_of("SIGINT")
     except BrokenPipeError:
         silence_stdout()  # the reader has exited (| head)
         return _code_of("SIGPIPE")
+    except OSError as error:
+        from dynamo_mpi.common.os_errors import of_os_error
+
+        return _report(words, of_os_error(error))
+
+
+def _report(words: list[str], error: DynamoMpiError) -> int:
+    from dynamo_mpi.common.display import without_controls
+    from dynamo_mpi.common.redact import process_redactor  # imported here, so that a start without errors is fast
+
+    redact = process_redactor().redact
+    print(without_controls(f"{PROGRAM}: {redact(str(error))}"), file=sys.stderr)
+    _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
+    return error.exit_code
 
 
 def _code_of(name: str) -> int:

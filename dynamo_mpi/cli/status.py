@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Show a deployment's status: its workers, their phases, progress and requests, the failures of the last hour, its services.
 
-Exit code 0 if the status could be read, whatever it is ("ok" of --output json is true if there is no problem); 69 if etcd can't be reached,
-77 if it rejects the credentials. --watch shows it until Ctrl-C, with exit code 0: redrawn on a terminal, otherwise appended.
+Exit code 0 if the status could be read, whatever it is ("ok" of --output json is true if there is no problem); 64 if there is no such run
+folder, 69 if etcd can't be reached, 77 if it rejects the credentials. --watch shows it until Ctrl-C, with exit code 0: redrawn on a
+terminal, otherwise appended.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS
-from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, NoRunDirError, add_output, find_deployment
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
 from dynamo_mpi.ops.status_output import describe
 
@@ -103,8 +104,8 @@ def _watch(values: dict[str, Any], output: str) -> int:
     def look() -> str:
         try:
             return _shown(_read(values, WATCH_ETCD_SECONDS), output)
-        except (DiscoveryError, AuthorizationError) as error:
-            return _shown_error(error, output)  # etcd may answer again later
+        except (DiscoveryError, AuthorizationError, NoRunDirError) as error:
+            return _shown_error(error, output)  # it may be there later
 
     try:
         watch(look, values["watch"], redraw=output == "text", title="dynamo-mpi status")

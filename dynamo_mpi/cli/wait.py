@@ -2,8 +2,9 @@
 """Wait until a deployment is ready: every role that it needs serves, and the frontend has answered a real completion.
 
 In a deployment that launch started, all workers must serve; in others, one of each role that the model needs. Exit code 0 if it is ready;
-124 at the time limit, with the missing workers and their progress (69 if etcd doesn't answer until then, 77 if it rejects the credentials);
-the failure's own code if it can no longer become ready. While launch runs, it restarts workers; if it ends, its exit code.
+124 at the time limit, with the missing workers and their progress (64 if there is no such run folder until then, 69 if etcd doesn't answer,
+77 if it rejects the credentials); the failure's own code if it can no longer become ready. While launch runs, it restarts workers; if it
+ends, its exit code.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def encode_strings(values: Sequence[str]) -> bytes:
-    """Encode ``values``; any text is allowed, even lone surrogates in file names."""
-    parts = [value.encode("utf-8", "surrogateescape") for value in values]
+    """Encode ``values``; any text is allowed, even lone surrogates in file names, and comes out as it went in."""
+    # not surrogateescape: what a rank of an ASCII locale reads as two surrogates would become a character that no such rank can open
+    parts = [value.encode("utf-8", "surrogatepass") for value in values]
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
@@ -30,6 +31,6 @@ def decode_strings(data: bytes) -> list[str]:
         end = at + 4 + int.from_bytes(data[at : at + 4], "little")
         if end > len(data):
             raise ValueError(f"truncated at byte {at} of {len(data)}")
-        values.append(data[at + 4 : end].decode("utf-8", "surrogateescape"))
+        values.append(data[at + 4 : end].decode("utf-8", "surrogatepass"))
         at = end
     return values

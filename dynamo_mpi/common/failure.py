@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.os_errors import is_folder_gone, of_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +79,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     """Return an error's text and exit code; the text is a traceback unless it is a `DynamoMpiError`."""
     if isinstance(error, DynamoMpiError):
         return str(error), int(error.exit_code)
+    if isinstance(error, OSError) and is_folder_gone(error):
+        return describe_error(of_os_error(error))
     return "".join(traceback.format_exception(error)).rstrip(), int(ExitCode.ENGINE)
 
 

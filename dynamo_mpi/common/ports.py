@@ -13,12 +13,14 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - what a user may choose
-_PORT_ATTEMPTS = 5
+_PORT_ATTEMPTS, _LOOPBACK_SECONDS = 5, 5.0
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
@@ -33,6 +35,24 @@ def free_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def require_loopback() -> None:
+    """Check that programs of this host can reach each other at `LOOPBACK`.
+
+    Raises:
+        UsageError: they can't.
+    """
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), _LOOPBACK_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f"nothing can be reached at {LOOPBACK}: {error.strerror or error}",
+            expected=f"the interface {LOOPBACK_INTERFACE}, up and with this address",
+            fix=f"ip link set {LOOPBACK_INTERFACE} up (a new network namespace, as of unshare --net, has it down); "
+            f"ip address add {LOOPBACK}/8 dev {LOOPBACK_INTERFACE}; or look at the firewall",
+        ) from None
 
 
 def loopback_ports(fixed: int | None = None) -> Callable[[], int | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -207,10 +208,11 @@ def _known(sources: WorkerSources) -> dict[str, Any]:
     known = {option.name for option in OPTIONS}
     named = {_FORMER_NAMES.get(name, name): value for name, value in sources.file.items()}
     if unknown := sorted(set(named) - known):
+        meant = [f"{name} in place of {key}" for key in unknown for name in get_close_matches(key[:60], known, n=1)]
         raise ConfigFileError(
             f"the settings file {sources.file_name} has unknown settings: {', '.join(unknown)}",
             expected=", ".join(sorted(known)),
-            fix="correct or remove them",
+            fix=f"{', '.join(meant)}?" if meant else "correct or remove them",
         )
     return named
 
@@ -222,6 +224,7 @@ def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Setting
     Raises:
         ModelNotFoundError: there is no such model, or only a file of it.
         ConfigFileError: its config is not text, or too large.
+        UsageError: Dynamo's runtime can't take its path or name.
     """
     if os.path.isfile(settings.model) and settings.model.name != "config.json":
         raise ModelNotFoundError(
@@ -232,4 +235,14 @@ def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Setting
     files = find_model(str(settings.model), environ)
     named = settings.origins["served_model_name"] != "default"
     name = settings.served_model_name if named else files.name
-    return replace(settings, model=Path(files.config).parent, served_model_name=name)
+    folder = Path(files.config).parent
+    for flag, text in (("--model", str(folder)), ("--served-model-name", name)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{flag} {text!r} is no UTF-8 text in this locale",
+                expected="UTF-8, which alone Dynamo's runtime takes",
+                fix="set LC_ALL=C.UTF-8 or PYTHONUTF8=1 on all ranks if the name is UTF-8, or rename it",
+            ) from None
+    return replace(settings, model=folder, served_model_name=name)

@@ -18,6 +18,7 @@ from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.host_address import service_address
+from dynamo_mpi.common.os_errors import exhausted, of_os_error
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holder, is_free
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy import programs
@@ -193,7 +194,7 @@ class HeadNode(ServiceStack):
         return ExitCode.ENGINE if process.name == "frontend" else ExitCode.UNAVAILABLE
 
     def _exit_fix(self, process: LoggedProcess) -> str:
-        return f"read {process.log}"
+        return exhausted(self._folder, process.output()) or f"read {process.log}"
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
         return f"read {process.log}, or a longer --start-timeout"
@@ -241,8 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return error.exit_code
     except OSError as error:
-        _say(f"file system error: {error}")
-        return ExitCode.ENGINE
+        refused = of_os_error(error)
+        _say(str(refused))
+        return refused.exit_code
 
 
 def _run(argv: list[str]) -> int:

@@ -44,6 +44,17 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
 
 
+class NoRunDirError(UsageError):
+    """There is no such run folder (yet)."""
+
+    def __init__(self, run_dir: Path | None) -> None:
+        super().__init__(
+            f"there is no folder {run_dir}",
+            expected="the run folder of a deployment",
+            fix="--run-dir DIR of one, or start it",
+        )
+
+
 @dataclass(frozen=True)
 class ExpectedWorker:
     """One worker that `dynamo-mpi launch` has started, or will.
@@ -119,6 +130,11 @@ class Deployment:
     def has_services(self) -> bool:
         """Whether a run folder names the services."""
         return self.run_dir is not None and self.environ is not None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether a run folder is named that doesn't exist (yet)."""
+        return self.run_dir is not None and not self.run_dir.is_dir()
 
     @property
     def expected(self) -> tuple[ExpectedWorker, ...]:

@@ -21,6 +21,7 @@ from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.model_cards import cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.spec import ROLES
+from dynamo_mpi.ops.deployment import NoRunDirError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -107,7 +108,7 @@ def read_status(
     Raises:
         DiscoveryError: etcd doesn't answer.
         AuthorizationError: it rejects our credentials.
-        UsageError: the settings for etcd can't be used.
+        UsageError: the settings for etcd can't be used, or there is no such run folder.
     """
     environ = deployment.environ
     if deployment.end is not None:
@@ -165,11 +166,12 @@ def _unknown(worker: StoredRecord) -> list[str]:
     return [f"{sanitize(worker.key)}: {' and '.join(strange)} isn't known here"] if strange else []
 
 
-def _without_services(deployment: Deployment) -> DiscoveryError:
+def _without_services(deployment: Deployment) -> DynamoMpiError:
+    if deployment.is_missing:
+        return NoRunDirError(deployment.run_dir)
     if deployment.launch is None:
-        is_there = deployment.run_dir is not None and deployment.run_dir.is_dir()
         return DiscoveryError(
-            f"nothing runs in {deployment.run_dir}" if is_there else f"there is no folder {deployment.run_dir}",
+            f"nothing runs in {deployment.run_dir}",
             expected="a deployment, with its services.json",
             fix="start it, or --run-dir DIR of another",
         )

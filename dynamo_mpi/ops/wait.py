@@ -22,7 +22,7 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.ops.deployment import Deployment, find_deployment
+from dynamo_mpi.ops.deployment import Deployment, NoRunDirError, find_deployment
 from dynamo_mpi.ops.readiness import (
     MissingItem,
     format_failure,
@@ -126,7 +126,7 @@ class ReadinessWaiter:
                 time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
         except StepFailed as error:
             outcome.error, outcome.exit_code = error, error.status
-        except (AuthorizationError, DiscoveryError, PhaseTimeoutError, RetryableError) as error:
+        except (AuthorizationError, DiscoveryError, NoRunDirError, PhaseTimeoutError, RetryableError) as error:
             outcome.error, outcome.exit_code = error, error.exit_code
         outcome.seconds = time.monotonic() - self._began
         return outcome
@@ -141,6 +141,8 @@ class ReadinessWaiter:
                 outcome.missing = [MissingItem("services", "not up yet")]
             else:
                 outcome.missing = [MissingItem("deployment", f"none runs in {deployment.run_dir}")]
+                if deployment.is_missing:  # a launch may make it
+                    self._problem = NoRunDirError(deployment.run_dir)
             return False
         try:
             seconds = min(ETCD_SECONDS, max(1.0, self._end - time.monotonic()))

@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
-def rank_died(host: str) -> DynamoMpiError:
-    """Return the error for a process that exited without reporting an error."""
+def rank_died(host: str, phase: str = "") -> DynamoMpiError:
+    """Return the error for a process that exited without reporting an error; in the phase ``mpi_init``, mostly MPI has ended it."""
+    if phase == "mpi_init":
+        return EngineError(
+            "died while MPI started: its process exited without reporting an error",
+            expected="an MPI library that starts",
+            fix="read MPI's own lines in the output beside this report; with none there, its exit code or signal in the output of what "
+            "started the process (srun, mpirun, the container runtime)",
+        )
     return EngineError(
         "died: its process exited without reporting an error",
         expected="every rank runs until the worker ends",

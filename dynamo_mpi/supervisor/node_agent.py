@@ -249,7 +249,9 @@ class NodeAgent:
             return
         if local.preflight_done or self._watch.has_network:
             self._watch.on_failure(
-                ObservedFailure(self._failure(local, rank_died(self._host), DetectedBy.DISCONNECT), self._host)
+                ObservedFailure(
+                    self._failure(local, rank_died(self._host, local.phase), DetectedBy.DISCONNECT), self._host
+                )
             )
             return
         # restarted with each further rank: on a busy node, a launcher takes time to end all ranks
@@ -265,7 +267,7 @@ class NodeAgent:
         first = self._disconnected[0]
         is_ended = self._reported_at < first.last_seen + _SIMULTANEOUS_SECONDS
         if not (is_ended or self._watch.reported) and (len(self._disconnected) == 1 or self._ranks):
-            self._report(first, rank_died(self._host), DetectedBy.DISCONNECT)
+            self._report(first, rank_died(self._host, first.phase), DetectedBy.DISCONNECT)
 
     def _check(self, now: float) -> None:
         self._watch.tick()

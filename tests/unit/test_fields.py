@@ -88,3 +88,10 @@ def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
 def test_an_unknown_engine_is_named() -> None:
     with pytest.raises(ValueError, match="'abacus'"):
         build_engine(EngineSpec("abacus", "/m", 1, 1, 1), None, 1)  # type: ignore[arg-type]  # refused before it is looked at
+
+
+def test_what_an_ascii_locale_reads_comes_out_as_it_went_in() -> None:
+    """A UTF-8 file name is two surrogates there; as a character, no such rank could open the file."""
+    name = "/tmp/mödel".encode().decode("ascii", "surrogateescape")
+    (received,) = decode_strings(encode_strings([name]))
+    assert received.encode("ascii", "surrogateescape") == "/tmp/mödel".encode()

@@ -18,7 +18,8 @@ from typing import Any
 
 from dynamo_mpi.common.errors import EngineError, ExitCode, UsageError
 from dynamo_mpi.common.log_tail import last_lines, last_text
-from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports
+from dynamo_mpi.common.os_errors import exhausted
+from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports, require_loopback
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
 from dynamo_mpi.common.waiting import ReminderSchedule
@@ -30,6 +31,8 @@ from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
 
 REMINDER_SECONDS = (5.0, 30.0)
+# measured: 126 MiB, of which etcd's log is 122; Open MPI wants some room for each rank
+FOLDER_MIB, RANK_MIB, _MIB = 130, 4, 1 << 20
 # longer than a worker's own limit for its requests
 DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
 
@@ -104,6 +107,7 @@ class LocalStack(ServiceStack):
             ProcessExited: a process ended.
             StartTimeout: a process was not ready in time.
             Interrupted: a signal requests the end.
+            OSError: the current folder doesn't exist any more, or no process can be started.
         """
         etcd_binary, nats_binary = programs.find_etcd(os.environ.get("DYN_MPI_ETCD")), programs.find_nats_server()
         mpirun = programs.find_mpirun(self._settings.mpirun)
@@ -111,6 +115,9 @@ class LocalStack(ServiceStack):
         http_port = self._settings.http_port
         if http_port is not None and not is_free(http_port):
             raise UsageError(f"port {http_port} of {LOOPBACK} is taken", fix="choose another --http-port")
+        os.getcwd()  # mpirun needs one: raise before anything is started
+        require_loopback()
+        self._require_space()
         self._scratch.mkdir()
 
         variables = local_environment(os.environ, self._scratch)
@@ -224,6 +231,18 @@ class LocalStack(ServiceStack):
         self._workers[spec.name] = worker
         self.spawn(spec.name, worker.command(), {**variables, **worker.environment()})
 
+    def _require_space(self) -> None:
+        """Raise `UsageError` if the folder's file system has too little space; later, each process would report that in its own way."""
+        state = os.statvfs(self._folder)
+        ranks = sum(spec.tp_size for spec in self._settings.workers)
+        free, needed = state.f_bavail * state.f_frsize // _MIB, FOLDER_MIB + RANK_MIB * ranks
+        if free < needed:
+            raise UsageError(
+                f"{self._folder.parent} has {free} MiB of free space",
+                expected=f"{needed} MiB for etcd's log and the ranks' shared memory, until the end of this run",
+                fix="free some, or set TMPDIR to a folder with more",
+            )
+
     def _write_engine_config(self, spec: WorkerSpec) -> Path:
         options = {"tensor_parallel_size": spec.tp_size, **self._settings.engine_options}
         path = self._folder / f"{spec.name}.yaml"
@@ -274,6 +293,9 @@ class LocalStack(ServiceStack):
             return last_text(rank_zero).rstrip("\n")
         sources = [*sorted(rank_logs.glob("rank-*.log")), process.log]
         return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))
+
+    def _exit_fix(self, process: LoggedProcess) -> str:
+        return exhausted(self._folder, self._log_of(process) + process.output())
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
         return "a longer --timeout, or --verbose"
