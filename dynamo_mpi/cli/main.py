@@ -31,6 +31,13 @@ VERBS = {
     "wait": "wait until a deployment is ready and has answered, or has failed",
     "timeline": "show a start: every rank's phases, the slowest ranks, where it failed",
     "down": "end a deployment, or selected workers, in order",
+    "completion": "print a script that completes verbs and flags, for bash, zsh or tcsh",
+}
+_GROUPS = {
+    "before a launch": ("check", "plan", "doctor"),
+    "run": ("local", "launch"),
+    "while it runs": ("status", "wait", "timeline", "down"),
+    "the shell": ("completion",),
 }
 
 
@@ -41,14 +48,10 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, width=terminal_width() - 2)
 
 
-class _ListFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with our exit code for wrong flags; its own, 2, is not in our table of exit codes."""
 
-    def __init__(self, formatter_class: type[HelpFormatter] = HelpFormatter, **settings: Any) -> None:
+    def __init__(self, formatter_class: type[argparse.HelpFormatter] = HelpFormatter, **settings: Any) -> None:
         super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -123,6 +126,10 @@ def _run(words: list[str]) -> int:
         from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 
         rest, dynamic = split_dynamic_flags(rest)
+    if {"-h", "--help"} & set(rest):
+        from dynamo_mpi.cli.help_text import arrange  # for a help alone
+
+        arrange(verb_parser, verb)
     defaults = argparse.Namespace(dynamic_flags=tuple(dynamic), further_words=tuple(further))
     code: int = module.run(verb_parser.parse_args(rest, defaults))
     return code
@@ -144,15 +151,22 @@ def _print_error_json(words: Sequence[str], error: dict[str, int | str]) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dynamo_mpi.cli.help_text import PROGRAM_EXAMPLES
+    from dynamo_mpi.config.help_text import EXAMPLES, Formatter
+
     width = max(map(len, VERBS))
+    lists = [
+        f"{title}:\n" + "\n".join(f"  {verb:{width}}  {VERBS[verb]}" for verb in verbs)
+        for title, verbs in _GROUPS.items()
+    ]
     parser = Parser(
         prog=PROGRAM,
         description="MPI-native bootstrap for multi-node TensorRT-LLM workers of NVIDIA Dynamo.",
-        epilog="verbs:\n" + "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items()),
-        formatter_class=_ListFormatter,
+        formatter_class=Formatter,
+        epilog="\n\n".join(lists) + "\n\n" + EXAMPLES + "\n".join(f"  {line}" for line in PROGRAM_EXAMPLES),
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB")
+    parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB", help="one of those below")
     return parser
 
 

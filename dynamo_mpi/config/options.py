@@ -191,17 +191,38 @@ def usage_parser(expected: str = "", note: str = "", **settings: Any) -> Argumen
     return Parser(**settings)
 
 
+# what stands for a value in the help, by what reads it
+_VALUES = {
+    **dict.fromkeys(("to_size", "to_count", "to_restarts", "to_runtime_port"), "N"),
+    **dict.fromkeys(("to_seconds", "to_time", "to_period"), "SECONDS"),
+    **dict.fromkeys(("to_path", "to_path_text"), "PATH"),
+    "to_file": "FILE",
+    "to_words": "WORDS",
+    "to_fraction": "FRACTION",
+}
+
+
+def _shown(default: Any) -> str:
+    """Return a default as it would be typed; empty for none."""
+    if default is None or default is False:
+        return ""
+    if isinstance(default, tuple):
+        return " ".join(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
     """Add options to a parser, with their variables and defaults in the help."""
     for option in options:
         notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
         notes += [f"env var: {option.variables[0]}"] if option.variables else []
-        notes += [f"default: {option.default}"] if option.default is not None else []
+        notes += [f"default: {default}"] if (default := _shown(option.default)) else []
         text = f"{option.help} ({' | '.join(notes)})" if notes else option.help
         if option.switch:
             parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
         else:
-            parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
+            value = _VALUES.get(option.convert.__name__, option.name.upper())
+            parser.add_argument(*option.flags, dest=option.name, metavar=value, help=text)
         without = "false" if option.negatable else option.without
         if without:
             flag = "--no-" + option.flags[0].removeprefix("--")

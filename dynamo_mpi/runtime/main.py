@@ -188,10 +188,13 @@ def _create_notifier(launch: LaunchInfo, sources: Sources) -> SystemdNotifier | 
 
 def _help(argv: Sequence[str], launch: LaunchInfo) -> int:
     if launch.rank == 0:
+        from dynamo_mpi.config.help_text import WORKER, WORKER_EXAMPLES, arrange
         from dynamo_mpi.config.worker import build_parser
 
+        parser = build_parser()
+        arrange(parser, WORKER, WORKER_EXAMPLES)
         try:
-            build_parser().parse_args([word for word in argv if word in ("-h", "--help", "--version")])
+            parser.parse_args([word for word in argv if word in ("-h", "--help", "--version")])
         except SystemExit as end:
             return int(end.code or 0)
     return ExitCode.OK

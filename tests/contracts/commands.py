@@ -131,6 +131,7 @@ def _options(verb: str) -> Sequence[sources.Option]:
         "doctor": sources.doctor_verb.OPTIONS,
         "down": sources.down_verb.OPTIONS,
         "launch": sources.LAUNCH_OPTIONS,
+        "completion": (),
         "local": (),  # argparse's own, see its help
         "status": sources.status_verb.OPTIONS,
         "timeline": (sources.timeline_verb.RUN_DIR,),

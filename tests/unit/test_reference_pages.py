@@ -31,7 +31,7 @@ def test_every_verb_and_program_has_its_section() -> None:
         *("python -m dynamo_mpi.pods lead", "python -m dynamo_mpi.pods join"),
     ):
         assert f"\n## {command}\n" in text
-    assert "| `--drain-timeout DRAIN_TIMEOUT` | seconds that requests in flight may take after SIGTERM" in text
+    assert "| `--drain-timeout SECONDS` | seconds that requests in flight may take after SIGTERM" in text
     assert "| `--output text\\|json` |" in text
 
 

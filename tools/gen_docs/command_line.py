@@ -8,8 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks import kv_settings
+from dynamo_mpi.cli.help_text import arrange
 from dynamo_mpi.cli.main import PROGRAM, VERBS, Parser
-from dynamo_mpi.config import worker
+from dynamo_mpi.config import help_text, worker
 from dynamo_mpi.deploy import head_node_settings as head_node
 from dynamo_mpi.deploy.kubernetes import settings as pods
 from tools.gen_docs.markdown import WRITTEN, code, plain, table
@@ -47,6 +48,7 @@ def _verbs() -> Iterator[_Command]:
         module = importlib.import_module(f"dynamo_mpi.cli.{verb}")
         parser = Parser(prog=f"{PROGRAM} {verb}", description=module.__doc__)
         module.add_arguments(parser)
+        arrange(parser, verb)
         further = ""
         if getattr(module, "TAKES_DYNAMIC_FLAGS", False):
             further = "`--trtllm.KEY.KEY VALUE` flags are laid over the engine config."
@@ -56,10 +58,12 @@ def _verbs() -> Iterator[_Command]:
 
 
 def _programs() -> Iterator[_Command]:
+    one_rank = worker.build_parser()
+    help_text.arrange(one_rank, help_text.WORKER, help_text.WORKER_EXAMPLES)
     yield _Command(
         "python -m dynamo_mpi.worker",
         "one rank of a worker; the same command in all of them",
-        worker.build_parser(),
+        one_rank,
         "With `--engine trtllm` all other flags are `dynamo.trtllm`'s, and `--trtllm.KEY.KEY VALUE` is laid over the engine config.",
     )
     kv_check = kv_settings.build_parser()
@@ -84,8 +88,12 @@ def _section(command: _Command) -> str:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
         if rows := [(_flags(action), _help(command.parser, action)) for action in actions if not _known(action)]:
             usual = group.title in (None, "options", "positional arguments")
-            title = "" if usual else f"{group.title}\n\n"
+            title = "" if usual else f"**{str(group.title)[:1].upper()}{str(group.title)[1:]}**\n\n"
             parts.append(title + table(("flag", "meaning"), rows))
+    examples = (command.parser.epilog or "").partition(help_text.EXAMPLES)[2]
+    if examples:
+        lines = "".join(f"{line[2:]}\n" for line in examples.splitlines())
+        parts.append(f"**Examples**\n\n```text\n{lines}```\n")
     return "\n".join([*parts, *([f"{command.further}\n"] if command.further else [])])
 
 
