@@ -16,7 +16,7 @@ EXAMPLES = "examples:\n"
 ENGINE_CONFIG = ("engine_config", "override_engine_args", "trtllm_version", "min_requests")
 SIZES = (
     *("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "enable_attention_dp"),
-    *("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width", "free_gpu_memory_fraction"),
+    *("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width", "free_gpu_memory_fraction", "load_format"),
 )
 WORKER: Groups = {
     "model and role": ("role", "engine", "model", "served_model_name"),

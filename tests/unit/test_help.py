@@ -82,7 +82,9 @@ def test_what_no_group_names_is_shown_too() -> None:
     parser.add_argument("--b", help="second")
     arrange(parser, {"letters": ("b", "gone")}, ["p --a 1"])
     text = parser.format_help()
-    assert text.index("letters:\n  --b") < text.index("other options:") < text.index("  --a A") < text.index("  p --a 1")
+    assert (
+        text.index("letters:\n  --b") < text.index("other options:") < text.index("  --a A") < text.index("  p --a 1")
+    )
 
 
 @pytest.mark.parametrize(
