@@ -104,7 +104,7 @@ def find_child(pids: Sequence[int]) -> int:
     for pid in pids:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if words[1:3] == [b"-m", b"dynamo.trtllm"]:
+            if words[3:4] == [b"dynamo.trtllm"]:
                 return pid
     return 0
 

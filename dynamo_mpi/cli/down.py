@@ -23,7 +23,8 @@ from dynamo_mpi.common.display import shell_word, without_controls
 from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, SERVICES, STOP, open_run_dir
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP, open_run_dir
+from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
 from dynamo_mpi.ops.deployment import (
     MODEL,

@@ -115,6 +115,17 @@ def raise_nofile_limit_to_hard() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def forbid_core_dumps() -> None:
+    """Let a crash of this process, and of its children, write no core file: it would hold the secrets that the process has read.
+
+    The hard limit stays: ``prlimit --core=unlimited --pid PID`` allows one again.
+    """
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 _SIGEV_THREAD = 2
 _CLOCK_MONOTONIC = 1
 

@@ -12,6 +12,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.credentials import held
 from dynamo_mpi.common.failure import in_short
 
 if TYPE_CHECKING:
@@ -121,10 +122,14 @@ class Redactor:
         return _until_stable(text, self._values)
 
 
-@functools.lru_cache(maxsize=1)
 def process_redactor() -> Redactor:
-    """Return the redactor for this process's environment at the time of the first call."""
-    return Redactor.of(os.environ)
+    """Return the redactor for this process's environment at the time of the first call, and for the secrets that it holds besides."""
+    return _redactor(tuple(held().items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _redactor(secrets: tuple[tuple[str, str], ...]) -> Redactor:
+    return Redactor.of({**os.environ, **dict(secrets)})
 
 
 def secret_values(environ: Mapping[str, str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.credentials import DESCRIPTORS, SERVICES_FILE, memory_file
 from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log_tail import last_lines, last_text
 from dynamo_mpi.common.own_files import open_own
@@ -77,6 +78,7 @@ class ManagedProcess:
         environment: its whole environment.
         streams: its standard streams.
         end_with: the signal that it gets if this process exits without having ended it: a launcher needs one that lets it end its ranks.
+        services: variables with addresses and credentials, which it reads as a services file in memory; none for no file.
 
     Raises:
         OSError: no process can be started, for lack of memory or of process ids.
@@ -90,16 +92,26 @@ class ManagedProcess:
         environment: Mapping[str, str],
         streams: Streams = _NO_STREAMS,
         end_with: signal.Signals = signal.SIGKILL,
+        services: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
-        self.popen = subprocess.Popen(
-            with_pdeathsig(command, parent=os.getpid(), end_with=end_with),
-            stdin=streams.stdin,
-            stdout=streams.stdout,
-            stderr=streams.stderr,
-            env=dict(environment),
-            start_new_session=True,
-        )
+        variables, files = dict(environment), tuple[int, ...]()
+        if services:
+            files = (memory_file(services),)
+            variables[SERVICES_FILE] = f"{DESCRIPTORS}{files[0]}"
+        try:
+            self.popen = subprocess.Popen(
+                with_pdeathsig(command, parent=os.getpid(), end_with=end_with),
+                stdin=streams.stdin,
+                stdout=streams.stdout,
+                stderr=streams.stderr,
+                env=variables,
+                pass_fds=files,
+                start_new_session=True,
+            )
+        finally:
+            for each in files:
+                os.close(each)
 
     @property
     def pid(self) -> int:

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.credentials import split_clients
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.process import DRAIN_SIGNALS
@@ -93,7 +94,8 @@ class DeploymentController:
         )
         self._run_dir, self._interrupts, self._print_line = context.run_dir, context.interrupts, context.say
         self._began = time.monotonic()
-        self._environment = without_srun_input(context.environ)
+        # the services' file has all of these for the ranks
+        self._environment, _ = split_clients(without_srun_input(context.environ))
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
         self._worker_steps = WorkerSet(
@@ -124,7 +126,7 @@ class DeploymentController:
                     self._check_kv()
             with self._milestones.step("services"):
                 services = self._start_services()
-            self._worker_steps.start(self._environment | services, tuple(services))
+            self._worker_steps.start(self._environment, services)
             self._watch()
         except _AskedToStop as end:
             self._say(str(end))
@@ -174,7 +176,7 @@ class DeploymentController:
         return code, step.last_words(200)
 
     def _start_services(self) -> dict[str, str]:
-        """Start the services; return the variables with their addresses and credentials."""
+        """Start the services; return their addresses and credentials, as variables."""
         self._services = step = self._start(self._builder.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         reminders = ReminderSchedule(*REMINDER_SECONDS)

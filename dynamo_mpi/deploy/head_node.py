@@ -20,6 +20,7 @@ from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.os_errors import exhausted, of_os_error
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holder, is_free
+from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.certificates import Credentials
@@ -148,10 +149,11 @@ class HeadNode(ServiceStack):
         environment = {"ETCD_ENDPOINTS": etcd.url, "NATS_SERVER": nats.url, **secrets}
         url = None
         if settings.frontend:
+            clients = self.write_services(environment)
 
             def make_frontend(port: int) -> Frontend:
                 arguments = settings.frontend_arguments
-                return Frontend(port, environment, host=http_host, reach=address, arguments=arguments)
+                return Frontend(port, clients, host=http_host, reach=address, arguments=arguments)
 
             variables = frontend_environment(os.environ, self._scratch, (address, http_host))
             ports = self._ports(settings.http_port, http_host)
@@ -231,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0 after SIGTERM or Ctrl-C, 128 + n if they came before everything was ready; else see ``dynamo_mpi.common.errors``.
     """
     os.umask(0o077)  # all files of the services are for this user only
+    forbid_core_dumps()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except ServiceError as error:

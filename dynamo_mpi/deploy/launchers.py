@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.deploy.step_commands import (
     KV_CHECK,
-    SERVICE_VARIABLES,
     STEP_PREFIX,
     CodeLocation,
     Command,
     check_words,
     kv_check_words,
     nodes_of,
+    services_environment,
     services_words,
     worker_environment,
     worker_words,
@@ -105,14 +105,13 @@ class Srun:
         """etcd, NATS and the frontend."""
         return self._on_head("services", services_words(self.source, self.run_dir), {})
 
-    def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
-        """One worker, with a rank for each GPU.
-
-        Args:
-            worker: the worker.
-            services: names of the variables with the services' addresses and credentials.
-        """
-        environment = {**worker_environment(self.settings), LAUNCH_VARIABLE: self._step_name(worker.name)}
+    def worker(self, worker: Worker) -> Command:
+        """One worker, with a rank for each GPU."""
+        environment = {
+            **services_environment(self.run_dir),
+            **worker_environment(self.settings),
+            LAUNCH_VARIABLE: self._step_name(worker.name),
+        }
         options = (
             f"--mpi={self.settings.mpi}",
             f"--nodes={len(worker.nodes)}",
@@ -124,9 +123,8 @@ class Srun:
             f"--wait={_WAIT_SECONDS}",
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
-        names = (*services, ATTEMPT)
         return _on_nodes(
-            self._step(worker.name, options, self.settings.srun_args, words, environment, names), worker.nodes
+            self._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), worker.nodes
         )
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
@@ -216,11 +214,11 @@ class Mpirun:
         """etcd, NATS and the frontend."""
         return self._command("services", services_words(self.source, self.run_dir))
 
-    def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
-        """One worker, with a rank for each GPU; ``services`` as for `Srun`."""
+    def worker(self, worker: Worker) -> Command:
+        """One worker, with a rank for each GPU."""
         launch = f"{STEP_PREFIX}{token_of(Path(self.run_dir))}-{worker.name}"
-        environment = {**self._environment(), LAUNCH_VARIABLE: launch}
-        names = {*services, *environment, *self.forwarded, ATTEMPT}
+        environment = {**services_environment(self.run_dir), **self._environment(), LAUNCH_VARIABLE: launch}
+        names = {*environment, *self.forwarded, ATTEMPT}
         placed = self._placed(worker.nodes, worker.ranks_per_node, names)
         lines = (*placed, worker_words(self.settings, self.source, worker, self.run_dir))
         return Command(worker.name, worker.name, lines, environment)

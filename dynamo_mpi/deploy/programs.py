@@ -179,23 +179,29 @@ def local_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
     return variables | _common(own, scratch)  # gRPC would use a proxy even for loopback
 
 
-def discovery_environment(
+def local_services(
     etcd: Etcd, nats: Nats, request_plane: RequestPlane, credentials: Credentials | None
 ) -> dict[str, str]:
-    """Return the variables by which the local stack's frontend and workers find etcd and NATS: on loopback, so that no network is needed.
+    """Return how the local stack's frontend and workers reach etcd and NATS: the content of their services file.
 
     ``NATS_SERVER`` is set only for the nats plane: Dynamo's runtime connects whenever it is set, even if NATS isn't needed.
     """
-    variables = {
+    secrets = {} if credentials is None else credentials.client_environment
+    return {
         "ETCD_ENDPOINTS": etcd.url,
+        **secrets,
+        **({"NATS_SERVER": nats.url} if request_plane == "nats" else {}),
+    }
+
+
+def discovery_environment(request_plane: RequestPlane) -> dict[str, str]:
+    """Return the other variables of the local stack's frontend and workers: on loopback, so that no network is needed."""
+    return {
         "DYN_NAMESPACE": LOCAL_NAMESPACE,
         "DYN_REQUEST_PLANE": request_plane,
         "DYN_TCP_RPC_HOST": LOOPBACK,
         "DYN_TCP_RESPONSE_STREAM_HOST": LOOPBACK_INTERFACE,
     }
-    if credentials is not None:
-        variables |= credentials.client_environment
-    return variables | ({"NATS_SERVER": nats.url} if request_plane == "nats" else {})
 
 
 def _common(own: Mapping[str, str], scratch: Path, hosts: Sequence[str] = ()) -> dict[str, str]:

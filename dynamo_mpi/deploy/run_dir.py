@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, SERVICES, STOP, open_run_dir, read_services
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, STOP, open_run_dir, read_services
+from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

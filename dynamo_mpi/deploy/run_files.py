@@ -7,14 +7,15 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.credentials import CLIENT_VARIABLES
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileError
-from dynamo_mpi.deploy.step_commands import SERVICE_VARIABLES
+from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-DEPLOYMENT, ENDED, LOCK, SERVICES, STOP = "deployment.json", "ended.json", "lock", "services.json", "stop"
+DEPLOYMENT, ENDED, LOCK, STOP = "deployment.json", "ended.json", "lock", "stop"
 
 
 def open_run_dir(path: Path) -> OwnFolder:
@@ -77,7 +78,7 @@ class ServiceAccess(NamedTuple):
     Args:
         url: the frontend's; empty if there is none.
         host: where the services run.
-        environment: the variables for their clients, those of `SERVICE_VARIABLES` alone: the file can't set a rank's PATH.
+        environment: the variables for their clients, those of `CLIENT_VARIABLES` alone: the file can't set a rank's PATH.
     """
 
     url: str
@@ -94,6 +95,6 @@ def read_services(folder: OwnFolder) -> ServiceAccess | None:
     given = (content or {}).get("environment")
     if content is None or not isinstance(given, dict):
         return None
-    known = {name: str(given[name]) for name in SERVICE_VARIABLES if name in given}
+    known = {name: str(given[name]) for name in CLIENT_VARIABLES if name in given}
     environment = {name: value for name, value in known.items() if "\0" not in value}
     return ServiceAccess(str(content.get("url") or ""), str(content.get("host") or ""), environment)

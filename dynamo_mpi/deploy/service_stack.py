@@ -6,11 +6,14 @@ A service is ready when *its own process* listens at the port and answers: on a 
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
+from dynamo_mpi.common.credentials import SERVICES_FILE
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.common.process import raise_nofile_limit_to_hard
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
 from dynamo_mpi.deploy.certificates import make_credentials
@@ -92,6 +95,12 @@ class ServiceStack:
         except DynamoMpiError:
             self._interrupts.check()  # Ctrl-C and scancel also end openssl
             raise
+
+    def write_services(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Write addresses and credentials to a file in the private folder; return the variable that names it, for clients of the services."""
+        place = self._folder / "clients.json"
+        write_own(place, json.dumps({"environment": dict(environment)}).encode())
+        return {SERVICES_FILE: str(place)}
 
     def start_service(
         self, make: Callable[[int], ServiceT], next_port: Callable[[], int | None], environment: Mapping[str, str]

@@ -187,7 +187,7 @@ class Frontend:
 
     Args:
         port: its HTTP port.
-        discovery: variables with the addresses of etcd and NATS.
+        discovery: variables by which it finds etcd and NATS, see `ServiceStack.write_services`.
         home: its ``HOME``; None for the user's own.
         host: the address to listen at.
         reach: the address to connect to, if ``host`` means all addresses.
@@ -207,8 +207,8 @@ class Frontend:
         return f"http://{in_url(self._reached_at)}:{self.port}"
 
     def command(self) -> tuple[str, ...]:
-        own = (sys.executable, "-m", "dynamo.frontend", "--http-host", in_url(self.host), "--http-port", str(self.port))
-        return (*own, *self.arguments)
+        own = (sys.executable, "-m", "dynamo_mpi.common.run_with_services", "dynamo.frontend")
+        return (*own, "--http-host", in_url(self.host), "--http-port", str(self.port), *self.arguments)
 
     def environment(self) -> dict[str, str]:
         if self.home is None:

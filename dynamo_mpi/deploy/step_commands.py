@@ -10,24 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.credentials import SERVICES_FILE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
-# The variables that services.json provides for every worker. They are known in advance: Pyxis needs names, and a dry run shows them.
-SERVICE_VARIABLES = (
-    "ETCD_ENDPOINTS",
-    "ETCD_AUTH_CA",
-    "ETCD_AUTH_CLIENT_CERT",
-    "ETCD_AUTH_CLIENT_KEY",
-    "NATS_SERVER",
-    "NATS_AUTH_USERNAME",
-    "NATS_AUTH_PASSWORD",
-)
 # begins the name of each step that `launch` starts; other steps of a job are never ended by what a file or a record says
 STEP_PREFIX = "dynmpi-"
+SERVICES = "services.json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +95,11 @@ def find_source(image: str | None, python: str | None) -> CodeLocation:
     if not (checkout / "scripts" / "start_worker.sh").is_file():
         return CodeLocation(None, "", interpreter)
     return CodeLocation(checkout, str(checkout) if image is None else CHECKOUT_INSIDE, interpreter)
+
+
+def services_environment(run_dir: str) -> dict[str, str]:
+    """Return the variable by which a worker's ranks find the services; their credentials are in no environment."""
+    return {SERVICES_FILE: f"{run_dir}/{SERVICES}"}
 
 
 def worker_environment(settings: LaunchSettings) -> dict[str, str]:

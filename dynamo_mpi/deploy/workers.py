@@ -25,7 +25,7 @@ from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
 from dynamo_mpi.mpi.launcher import starts_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.run_dir import RunDir
@@ -70,7 +70,7 @@ class CommandBuilder(Protocol):
     def check(self) -> Command: ...
     def kv_check(self, workers: Sequence[Worker]) -> Command: ...
     def services(self) -> Command: ...
-    def worker(self, worker: Worker, services: Iterable[str] = ...) -> Command: ...
+    def worker(self, worker: Worker) -> Command: ...
 
 
 class WorkerSet:
@@ -97,21 +97,21 @@ class WorkerSet:
         self._workers, self._max_restarts, self._builder = workers, max_restarts, builder
         self._step_controller, self._run_dir, self._say = step_controller, run_dir, say
         self._environment: Mapping[str, str] = {}
-        self._services: tuple[str, ...] = ()
+        self._clients: Mapping[str, str] = {}
         self._running: dict[str, Step] = {}
         self._starts: dict[str, Beginning] = {}
         self._restarts: dict[str, int] = {}
         self._pauses: dict[str, float] = {}
         self._ready: set[str] = set()
 
-    def start(self, environment: Mapping[str, str], services: tuple[str, ...]) -> None:
+    def start(self, environment: Mapping[str, str], services: Mapping[str, str]) -> None:
         """Start all of them.
 
         Args:
             environment: their environment.
-            services: names of the variables in it that come from the services.
+            services: addresses and credentials of the services, for this process's own requests to etcd.
         """
-        self._environment, self._services = environment, services
+        self._environment, self._clients = environment, {**environment, **services}
         for worker in self._workers:
             self._start(worker)
 
@@ -154,7 +154,7 @@ class WorkerSet:
         ready_file = self._run_dir.ready_file(worker.name)
         self._run_dir.remove_ready_file(worker.name)
         self._ready.discard(worker.name)
-        command = self._builder.worker(worker, self._services)
+        command = self._builder.worker(worker)
         if worker.name in self._restarts:
             # if only srun was killed, its ranks may have registered before they were cancelled
             self._deregister(worker.name, command)
@@ -197,11 +197,11 @@ class WorkerSet:
         is_known = is_printed or beginning.has_files
         if not is_printed and (written := beginning.written()):
             self._say(f"{worker.name}: {written}")
-        trace = Trace() if is_known else trace_in_etcd(beginning, self._environment)
+        trace = Trace() if is_known else trace_in_etcd(beginning, self._clients)
         self._deregister(worker.name, step.command)
         self._step_controller.cancel([step])  # if only srun was killed, its ranks still run
         if not is_known:
-            report = report_death(beginning, step, code, trace, self._environment)
+            report = report_death(beginning, step, code, trace, self._clients)
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
             found, needed, fix = report or (f"{worker.name} ended with exit code {code}", "", "")
@@ -229,7 +229,7 @@ class WorkerSet:
         if launch is None:
             return
         try:
-            if revoke_registrations(launch, self._environment):
+            if revoke_registrations(launch, self._clients):
                 self._say(f"{name}: was still registered; it is deregistered now")
         except DynamoMpiError as error:
             if name in self._ready:

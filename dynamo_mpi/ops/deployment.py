@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.credentials import SERVICES_FILE, clients_of, split_clients
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import OwnFolder
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping
 
-_OURS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_")
-_NAME_ETCD = ("ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
+_NAME_ETCD = (SERVICES_FILE, "ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
 
 # options of `status`, `wait` and `down`
 RUN_DIR = Option(
@@ -200,15 +200,15 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
         environ: this process's environment.
 
     Raises:
-        UsageError: several deployments could be meant.
-        AuthorizationError: the folder is another user's.
+        UsageError: several deployments could be meant, or ``DYN_MPI_SERVICES_FILE`` can't be read.
+        AuthorizationError: the folder, or that file, is another user's.
     """
     if run_dir is None:
         if any(environ.get(name) for name in _NAME_ETCD) and not environ.get("SLURM_JOB_ID"):
-            return Deployment(None, environ)
+            return Deployment(None, clients_of(environ))
         found = find_run_dir(environ)
         if found is None or not found.is_dir():
-            return Deployment(None, environ)
+            return Deployment(None, clients_of(environ))
         run_dir = found
     run_dir = Path(os.path.abspath(run_dir))
     try:
@@ -221,7 +221,7 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
 def _read_deployment(run_dir: Path, folder: OwnFolder, environ: Mapping[str, str]) -> Deployment:
     services, found_environ = read_services(folder), None
     if services is not None:
-        own = {name: value for name, value in environ.items() if not name.startswith(_OURS)}
+        own, _ = split_clients(environ)
         found_environ = own | services.environment
     launch = _read_launch(_read_or_empty(folder, DEPLOYMENT))
     # services that were started in the folder later belong to another deployment

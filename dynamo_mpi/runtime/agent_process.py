@@ -16,6 +16,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.credentials import held, hold
 from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.supervisor.agent_socket import Agent, agent_addresses, listen_for_ranks, remove_address, warn
 
@@ -134,6 +135,7 @@ class AgentStarter:
             "host": self._host,
             "settings": list(self._settings),
             "started": list(self._started),
+            "secrets": held(),
         }
         try:
             rank_end, agent_end = _socket.socketpair()
@@ -206,6 +208,7 @@ def main(first: str) -> None:
     while not line.endswith(b"\n") and (byte := connection.recv(1)):
         line += byte
     start = json.loads(line)
+    hold(start["secrets"])
     name, *rest = start["launch"]
     launch, settings = LaunchInfo(Launcher[name], *rest), EarlySettings(*start["settings"])
     health = None
@@ -244,9 +247,10 @@ def _run(
     """
     import socket
 
-    from dynamo_mpi.common.process import set_process_title
+    from dynamo_mpi.common.process import forbid_core_dumps, set_process_title
     from dynamo_mpi.supervisor.node_agent import NodeAgent
 
+    forbid_core_dumps()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

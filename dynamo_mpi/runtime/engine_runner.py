@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.codec import decode_strings
+from dynamo_mpi.common.credentials import clients_environ
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
@@ -111,7 +111,7 @@ class EngineRunner:
         # in a thread, while the requests in flight get the error
         engine.on_failure(lambda _: threading.Thread(target=instance_lease.revoke, daemon=True).start())
         engine.start()
-        monitor = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
+        monitor = RegistrationMonitor(settings.endpoint, clients_environ(), settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("warmup"):

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.hardware import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
 from dynamo_mpi.checks.preflight import check_frontend_can_load, evaluate, load_inputs
 from dynamo_mpi.checks.rank_report import RankReport, collect_rank_report
+from dynamo_mpi.common.credentials import clients_environ, held, load_services
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_error
 from dynamo_mpi.common.hooks import WorldFailure
 from dynamo_mpi.common.log_writer import log_writer
+from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
@@ -81,6 +83,9 @@ class LeaderRank:
         argv = self._context.argv
         with self._phases.enter("preflight"):
             try:
+                load_services()
+                if held():
+                    forbid_core_dumps()
                 settings = load_settings(self._sources)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_status_hooks(settings)
@@ -153,8 +158,8 @@ class LeaderRank:
         from dynamo_mpi.runtime.reach import set_runtime_address
         from dynamo_mpi.runtime.serving import export_runtime_env
 
-        endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
-        for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(os.environ)):
+        endpoints = check_connectivity(clients_environ(), settings.request_plane, settings.probe_timeout)
+        for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(clients_environ())):
             self._log.warning(line)
         export_runtime_env(endpoints)
         set_runtime_address(rank0_address, endpoints, os.environ)
@@ -226,7 +231,7 @@ class LeaderRank:
         self._signals = signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
         subject = result.subject
         card = planned_card(settings, subject.config, subject.shape.context_length)
-        self._record_publisher.publish(settings, os.environ, card)
+        self._record_publisher.publish(settings, clients_environ(), card)
         return signals
 
     def _note_signal(self, number: int) -> None:
@@ -235,7 +240,7 @@ class LeaderRank:
     def _instance_lease(self, settings: Settings) -> InstanceLease:
         from dynamo_mpi.discovery.registration_monitor import InstanceLease
 
-        instance_lease = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
+        instance_lease = InstanceLease(settings.endpoint, clients_environ(), self._hooks.on_registered)
         self._hooks.add(instance_lease)
         return instance_lease
 

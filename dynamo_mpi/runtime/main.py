@@ -16,6 +16,7 @@ import sys
 import time
 from functools import cache
 
+from dynamo_mpi.common.credentials import hide_secrets
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log import RankLogger
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = detect_launcher(os.environ)
     if {"-h", "--help", "--version"} & set(argv):
         return _help(argv, launch)
+    hide_secrets()
     log = RankLogger(launch.rank, host_name())
     fault: InjectedFault | None = None
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dynamo_mpi.common.credentials import export_secrets
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.discovery.etcd import lease_seconds
@@ -137,6 +138,7 @@ async def serve(
     on_drain_request(request_drain)
 
     with phases.enter("register"):
+        export_secrets()
         try:
             runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
             endpoint = runtime.endpoint(registration.endpoint)

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.credentials import clients_environ
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, RetryableError, of_signal
 from dynamo_mpi.common.failure import TerminatedBySignal
 from dynamo_mpi.common.hooks import WorkerHook
@@ -86,7 +87,7 @@ class TrtllmRunner(WorkerHook):
         self._registered = False
         settings = worker.settings
         self._monitor = RegistrationMonitor(
-            settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True
+            settings.endpoint, clients_environ(), settings.probe_timeout, self._log, pauses=True
         )
         self._child: TrtllmProcess | None = None
         self._stop_timer: threading.Timer | None = None
@@ -163,7 +164,7 @@ class TrtllmRunner(WorkerHook):
 
     def _start_child(self, address: SessionAddress) -> TrtllmProcess:
         settings = self._settings
-        environment = child_environment(os.environ, address, settings)
+        environment = child_environment(clients_environ(), address, settings)
         child = TrtllmProcess(
             child_command(settings, self._gpus_per_node),
             environment,

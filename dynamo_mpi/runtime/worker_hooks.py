@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.credentials import clients_environ
 from dynamo_mpi.common.hooks import WorkerHooks
 from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, invalid_reason
 from dynamo_mpi.runtime.worker_record import ReadyFile, remove_ready_file
@@ -155,9 +156,9 @@ class LeaderHooks(WorkerHooks):
         origin = WorkerIdentity.of(record)
         self.leases.set_worker(asdict(origin))
         log = self._context.log
-        events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, log.warning)
+        events = events_of(record, self._context.phases.current, clients_environ(), settings.request_plane, log.warning)
         record_publisher = RecordPublisher(log, record, partial(self.leases.add, "record"), events.peers)
-        self.add(record_publisher, FailureRecordStore(origin, os.environ, lambda: self.leases.record), events)
+        self.add(record_publisher, FailureRecordStore(origin, clients_environ(), lambda: self.leases.record), events)
         return record_publisher
 
     def add_supervision_hooks(self, settings: Settings, supervisor: WorldSupervisor, preflight_seconds: float) -> None:

@@ -14,6 +14,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.credentials import clients_environ, load_services
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.hooks import WorkerHook
 
 if TYPE_CHECKING:
@@ -60,6 +62,9 @@ class LeaseRevoker:
             return
         import dynamo_mpi.discovery.etcd_http  # noqa: F401
 
+        # now: the file's system may fail with rank 0's node. Without it, what can't be revoked expires by itself
+        with contextlib.suppress(DynamoMpiError):
+            load_services()
         with self._lock:
             self._leases, self._environ, self._worker, self._record = leases, environ, worker, record
 
@@ -113,7 +118,7 @@ class LeaseRevoker:
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self._environ}
+        return {**clients_environ(), **self._environ}
 
 
 def encode_leases(
@@ -176,6 +181,6 @@ class OwnedLeases(WorkerHook):
 
     def _encoded(self) -> str:
         endpoints = os.environ.get("ETCD_ENDPOINTS", "")
-        # credentials are in each node's own environment
+        # credentials are in each node's own environment, or in a file that each agent reads
         overrides = {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {}
         return encode_leases(self._leases, overrides, self._worker, self.record)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -298,6 +298,22 @@ class RunningWorker:
         for path in shared:
             if "_segment." in path:  # Open MPI's
                 Path(path).unlink(missing_ok=True)
+
+
+def pem_lines(key: str) -> list[str]:
+    """Return the lines of a private key that are secret."""
+    return key.splitlines()[1:-1]
+
+
+def started_with(pids: Iterable[int], secrets: Iterable[str]) -> dict[int, str]:
+    """Return the command lines of the processes that were started with one of the secrets in their environment."""
+    texts, found = [secret.encode() for secret in secrets], {}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if any(text in environment for text in texts):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
 
 
 def system_port() -> int:

@@ -25,7 +25,7 @@ from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from tests.conftest import ROOT
 from tests.dynamo.head_node_command import HeadNodeCommand
-from tests.dynamo.running import RunningWorker, eventually, listening
+from tests.dynamo.running import RunningWorker, eventually, listening, pem_lines, started_with
 from tests.dynamo.test_head_node import ask, nats_says
 from tests.unit.neighbour import NOBODY, needs_root
 
@@ -57,8 +57,7 @@ class Deployment:
     @property
     def secrets(self) -> list[str]:
         """What nobody else may see."""
-        lines = self.environment["ETCD_AUTH_CLIENT_KEY"].splitlines()
-        return [self.environment["NATS_AUTH_PASSWORD"], *lines[1:-1]]
+        return [self.environment["NATS_AUTH_PASSWORD"], *pem_lines(self.environment["ETCD_AUTH_CLIENT_KEY"])]
 
     def keys(self) -> dict[str, tuple[int, int]]:
         """Return what stands in etcd: each key's revision and lease."""
@@ -158,6 +157,16 @@ def test_another_user_reads_no_secret(deployment: Deployment, found: dict[str, A
 def test_no_secret_is_told(deployment: Deployment) -> None:
     said = deployment.worker.text() + deployment.head.err + deployment.head.out
     assert [secret for secret in deployment.secrets if secret in said] == []
+
+
+def test_ranks_take_a_users_variables_out_of_their_environment(deployment: Deployment) -> None:
+    """The worker was started with the secrets as variables: its launcher shows them, its ranks and agents don't."""
+    launcher, ranks = deployment.worker.process.pid, deployment.worker.ranks()
+    children = {int(pid) for rank in ranks for pid in Path(f"/proc/{rank}/task/{rank}/children").read_text().split()}
+    agents = [pid for pid in children if b"node agent on" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(agents) == 1
+    assert launcher in started_with([launcher], deployment.secrets)
+    assert started_with([*ranks, *agents], deployment.secrets) == {}
 
 
 def test_another_user_ends_nothing(found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import pytest
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
-from tests.dynamo.running import eventually
+from tests.dynamo.running import eventually, pem_lines, started_with
 
 pytestmark = pytest.mark.dynamo
 # one rank of each role on each "host"
@@ -92,6 +92,11 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         launch.until_said("ready: smollm2. Try:")
         status, reply = launch.ask()
         assert (status, reply["choices"][0]["message"]["content"]) == (200, "The capital of France is Paris.")
+        environment = json.loads((launch.run_dir / "services.json").read_text())["environment"]
+        secrets = [environment["NATS_AUTH_PASSWORD"], *pem_lines(environment["ETCD_AUTH_CLIENT_KEY"])]
+        # launch, head node, etcd, NATS, frontend; mpirun, rank and agent of each worker
+        assert len(pids := launch.survivors()) >= 11
+        assert started_with(pids, secrets) == {}
 
         os.kill(launch.rank("prefill-0"), signal.SIGKILL)
         launch.until_said("prefill-0: ended with exit code 137; start 2 of at most 2")

@@ -29,7 +29,7 @@ from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
-from tests.dynamo.running import eventually, listening
+from tests.dynamo.running import eventually, listening, pem_lines, started_with
 
 pytestmark = pytest.mark.dynamo
 
@@ -58,6 +58,11 @@ def test_no_other_user_or_host_can_use_its_services(tmp_path: Path) -> None:
         names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in command.survivors()}
         ours = [pid for pid, name in names.items() if name not in ("mpirun", "prterun", "orterun")]
         assert {address for address, _ in listening(ours)} == {"127.0.0.1"}
+        (clients,) = command.temporary.glob("*/clients.json")
+        environment = json.loads(clients.read_text())["environment"]
+        secrets = [environment["NATS_AUTH_PASSWORD"], *pem_lines(environment["ETCD_AUTH_CLIENT_KEY"])]
+        assert len(names) >= 9
+        assert started_with(names, secrets) == {}
         etcd = re.search(r"etcd at (\S+)", command.err)
         assert etcd is not None
         with contextlib.closing(GrpcEtcdClient([etcd[1]], EtcdAuth(), 2)) as client, pytest.raises(DynamoMpiError):

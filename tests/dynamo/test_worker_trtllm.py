@@ -169,6 +169,15 @@ def test_a_signal_to_another_rank_is_one_to_all(start: Start, etcd: EtcdServer, 
     assert etcd.keys() == []
 
 
+def heap_of(pid: int) -> bytes:
+    """Return a process's heap."""
+    (heap,) = (line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if line.endswith("[heap]"))
+    begin, end = (int(text, 16) for text in heap.split()[0].split("-"))
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        memory.seek(begin)
+        return memory.read(end - begin)
+
+
 def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     """Look at its environment, and at what everybody can see of every process; return its secrets."""
     raw = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
@@ -178,8 +187,11 @@ def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     launch = ("OMPI_", "PMIX_", "PMI_", "SLURM_", "PRTE_", "MPI_")
     assert not [name for name in environment if name.startswith(launch) and not name.endswith("_PREFIX")]
     assert {"UCX_TLS": "tcp", "NCCL_DEBUG": "WARN", "DYN_MPI_JOB_ID": "4711"}.items() <= environment.items()
-    secret = environment["TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"]
-    assert re.fullmatch("[0-9a-f]{64}", secret)
+    name = "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"
+    assert name not in environment
+    # set after its start, so not in what another process of its user sees
+    assert (found := re.search(rf"{name}=([0-9a-f]{{64}})\0".encode(), heap_of(child)))
+    secret = found[1].decode()
     assert environment["tllm_mpi_size"] == str(RANKS)
     # its environment is its own user's to read; everybody can read command lines
     assert Path(f"/proc/{child}/environ").stat().st_mode & 0o077 == 0

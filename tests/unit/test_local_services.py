@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.subprocess import with_pdeathsig
 from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment, served_name
-from dynamo_mpi.deploy.programs import discovery_environment, local_environment
+from dynamo_mpi.deploy.programs import discovery_environment, local_environment, local_services
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))
@@ -58,10 +58,10 @@ def test_etcd_needs_no_fixed_peer_port() -> None:
 
 @pytest.mark.parametrize(("plane", "servers"), [("tcp", None), ("nats", "nats://127.0.0.1:4222")])
 def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) -> None:
-    variables = discovery_environment(ETCD, NATS, plane, None)  # type: ignore[arg-type]  # parametrize knows no literals
-    assert variables.get("NATS_SERVER") == servers
-    assert variables["ETCD_ENDPOINTS"] == "http://127.0.0.1:2379"
-    assert variables["DYN_REQUEST_PLANE"] == plane
+    services = local_services(ETCD, NATS, plane, None)  # type: ignore[arg-type]  # parametrize knows no literals
+    assert services.get("NATS_SERVER") == servers
+    assert services["ETCD_ENDPOINTS"] == "http://127.0.0.1:2379"
+    assert discovery_environment(plane)["DYN_REQUEST_PLANE"] == plane  # type: ignore[arg-type]  # the same
 
 
 def test_the_launcher_starts_every_rank_tethered() -> None:

@@ -49,7 +49,8 @@ def after(flag: str, words: list[str]) -> str:
 
 def test_only_what_was_said_is_said() -> None:
     assert command() == [
-        *(sys.executable, "-m", "dynamo.trtllm", "--model", "/models/a", "--served-model-name", "a"),
+        *(sys.executable, "-m", "dynamo_mpi.common.run_with_services", "dynamo.trtllm"),
+        *("--model", "/models/a", "--served-model-name", "a"),
         *("--endpoint", "dyn://dynamo.backend.generate", "--disaggregation-mode", "agg"),
         *("--discovery-backend", "etcd", "--request-plane", "tcp", "--gpus-per-node", "8"),
     ]
@@ -77,7 +78,7 @@ def test_dynamos_own_parser_reads_back_what_was_meant() -> None:
         *("--role", "prefill", "--no-enable-attention-dp", "--tp-size", "16", "--kv-block-size", "64"),
         *("--publish-kv-events", "--trtllm.kv_cache_config.dtype", "fp8", "--namespace", "ns"),
     )
-    config = parsed_by_dynamo(words[3:])
+    config = parsed_by_dynamo(words[4:])
     assert (config["model"], config["served_model_name"]) == ("/models/a", "a")
     assert (config["namespace"], config["component"], config["endpoint"]) == ("ns", "prefill", "generate")
     assert config["disaggregation_mode"] == "DisaggregationMode.PREFILL"

@@ -26,7 +26,7 @@ from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec, prepare_model
-from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment
+from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment, local_services
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
 
@@ -137,7 +137,11 @@ class LocalStack(ServiceStack):
         model, name = prepare_model(self._settings.model, self._folder / "model")
         self.mark("model", f"model {name}")
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
-        discovery = discovery_environment(etcd, nats, self._settings.request_plane, credentials)
+        plane = self._settings.request_plane
+        discovery = {
+            **self.write_services(local_services(etcd, nats, plane, credentials)),
+            **discovery_environment(plane),
+        }
 
         starting_frontend = self.start_service(
             lambda port: Frontend(port, discovery, self._scratch), loopback_ports(http_port), variables

@@ -96,7 +96,15 @@ def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
         else:
             argv += [flag, str(value)]
     argv += ["--gpus-per-node", str(gpus_per_node)]
-    return (sys.executable, "-m", "dynamo.trtllm", *argv, *settings.passed_on, *settings.dynamic_flags)
+    return (
+        sys.executable,
+        "-m",
+        "dynamo_mpi.common.run_with_services",
+        "dynamo.trtllm",
+        *argv,
+        *settings.passed_on,
+        *settings.dynamic_flags,
+    )
 
 
 def child_environment(environ: Mapping[str, str], session: SessionAddress, settings: Settings) -> dict[str, str]:

@@ -17,6 +17,7 @@ import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from dynamo_mpi.common.credentials import split_clients
 from dynamo_mpi.common.errors import ExitCode, of_signal
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.redact import process_redactor
@@ -39,7 +40,7 @@ class TrtllmProcess(ManagedProcess):
 
     Args:
         command: the command to run.
-        environment: the whole environment.
+        environment: the whole environment; addresses and credentials reach the child by a file in memory.
         on_end: called from a thread with the exit code, as in `subprocess.Popen.returncode`, and the last output lines.
         on_stop: called from the same thread when the child is stopped (True) or resumed (False). It must be quick.
         secret: removed from the output: at verbose log levels, Dynamo logs its environment.
@@ -59,7 +60,8 @@ class TrtllmProcess(ManagedProcess):
         self._code: int | None = None
         self._exited = threading.Event()
         streams = Streams(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        super().__init__("dynamo.trtllm", command, environment=environment, streams=streams)
+        rest, services = split_clients(environment)
+        super().__init__("dynamo.trtllm", command, environment=rest, streams=streams, services=services)
         self._output = cast("IO[bytes]", self.popen.stdout)
         with contextlib.suppress(OSError):  # a larger pipe is only an optimization
             fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -153,14 +155,20 @@ class ReadinessProbe:
         command += ["--pid", str(pid), "--token-id", str(token_id)]
         command += ["--endpoint", settings.endpoint, "--role", settings.role]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
-        probe_environment = {name: value for name, value in environment.items() if not name.startswith("TLLM_")}
+        probe_environment, services = split_clients(
+            {name: value for name, value in environment.items() if not name.startswith("TLLM_")}
+        )
         # its runtime must not log, nor use the child's ports
         probe_environment |= {"DYN_LOG": "error"}
         for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"):
             probe_environment.pop(name, None)
         self._on_message = on_message
         self._process = ManagedProcess(
-            "proof", command, environment=probe_environment, streams=Streams(stdout=subprocess.PIPE)
+            "proof",
+            command,
+            environment=probe_environment,
+            streams=Streams(stdout=subprocess.PIPE),
+            services=services,
         )
         threading.Thread(target=self._read, name="proof", daemon=True).start()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.host_address import is_here
 from dynamo_mpi.common.ports import holds_port
+from dynamo_mpi.common.run_with_services import use_services_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the probe; return 0 if the completion succeeded."""
     arguments = _parser().parse_args(argv)
     try:
+        use_services_file()
         asyncio.run(probe_readiness(arguments))
     except Exception as error:  # the runtime has no finer exception types
         _write(error=" ".join(f"{type(error).__name__}: {error}".split()))

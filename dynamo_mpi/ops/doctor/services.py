@@ -7,8 +7,11 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.credentials import SERVICES_FILE
+from dynamo_mpi.common.credentials import clients_of as clients_of_file
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, ExitCode
-from dynamo_mpi.deploy.run_files import SERVICES, open_run_dir, read_services
+from dynamo_mpi.deploy.run_files import open_run_dir, read_services
+from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import SAFE_ETCD, EtcdAuth, is_outdated_etcd
@@ -50,8 +53,13 @@ class EtcdAnswers(NamedTuple):
 
 
 def clients_of(context: Context) -> Mapping[str, str]:
-    """Return the environment for the services' clients: the run folder's, or our own. It may contain credentials."""
-    return context.environ if context.run_dir is None else client_environment(context.run_dir, context.environ)
+    """Return the environment for the services' clients: with the run folder's or the services file's variables, or our own. It may contain
+    credentials."""
+    if context.run_dir is not None:
+        return client_environment(context.run_dir, context.environ)
+    with contextlib.suppress(DynamoMpiError):
+        return clients_of_file(context.environ)
+    return context.environ
 
 
 def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
@@ -65,6 +73,7 @@ def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, s
 def check_run_dir(context: Context) -> Iterator[Check]:
     """Check whether the run folder has running services."""
     if context.run_dir is None:
+        yield from _check_services_file(context)
         return
     path, problem = context.run_dir / SERVICES, "isn't there"
     try:
@@ -84,6 +93,16 @@ def check_run_dir(context: Context) -> Iterator[Check]:
         "that of a deployment whose services answer",
         "--run-dir DIR; dynamo-mpi launch makes it",
     )
+
+
+def _check_services_file(context: Context) -> Iterator[Check]:
+    if not (path := context.environ.get(SERVICES_FILE)):
+        return
+    try:
+        clients_of_file(context.environ)
+        yield ok("services-file", f"{path} says how to reach the services")
+    except DynamoMpiError as error:
+        yield of_error("services-file", error)
 
 
 def check_etcd(context: Context) -> Iterator[Check]:
