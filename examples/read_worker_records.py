@@ -5,7 +5,8 @@
 
 The namespace is `dynamo` by default; `dynamo-mpi local` and the scripts of a job have one of their own, which `dynamo-mpi status` shows.
 
-Credentials are those of a worker: ETCD_AUTH_*. The exit code is 0, 69 if etcd does not answer, or 77 if it refuses the credentials.
+Addresses and credentials are those of a worker: DYN_MPI_SERVICES_FILE=services.json of a run folder, or ETCD_AUTH_*. The exit code is
+0, 69 if etcd does not answer, or 77 if it refuses the credentials.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
+from dynamo_mpi.common.credentials import clients_of
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.discovery.etcd_http import query_etcd
@@ -26,7 +28,9 @@ def main(namespace: str = "dynamo") -> int:
     # tolerant: a record of another version may have other members
     problems: dict[str, list[str]] = {}
     try:
-        workers, unreadable = query_etcd(os.environ, SECONDS, lambda etcd: list_workers(etcd, namespace, problems))
+        workers, unreadable = query_etcd(
+            clients_of(os.environ), SECONDS, lambda etcd: list_workers(etcd, namespace, problems)
+        )
     except DynamoMpiError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code

@@ -190,8 +190,7 @@ def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     name = "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"
     assert name not in environment
     # set after its start, so not in what another process of its user sees
-    assert (found := re.search(rf"{name}=([0-9a-f]{{64}})\0".encode(), heap_of(child)))
-    secret = found[1].decode()
+    (secret,) = {key.decode() for key in re.findall(rf"{name}=([0-9a-f]{{64}})\0".encode(), heap_of(child))}
     assert environment["tllm_mpi_size"] == str(RANKS)
     # its environment is its own user's to read; everybody can read command lines
     assert Path(f"/proc/{child}/environ").stat().st_mode & 0o077 == 0

@@ -210,7 +210,7 @@ def test_services_name_no_program(tmp_path: Path, clean_board: Board, monkeypatc
     from dynamo_mpi.ops.deployment import find_deployment
 
     own = describe(tmp_path / "run")
-    variables = {"ETCD_ENDPOINTS": clean_board.url, "PATH": "/theirs", "LD_PRELOAD": "x", "NATS_AUTH_TOKEN": "x"}
+    variables = {"ETCD_ENDPOINTS": clean_board.url, "PATH": "/theirs", "LD_PRELOAD": "x", "DYN_MPI_X": "x"}
     serve(own.path, environment=variables)
     environ = find_deployment(own.path, {"PATH": "/ours"}).environ
     assert environ == {"PATH": "/ours", "ETCD_ENDPOINTS": clean_board.url}

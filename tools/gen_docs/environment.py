@@ -70,8 +70,14 @@ VARIABLES = (
         "no skipping of the tests on Slurm; a folder for PyPI's mpich",
     ),
     Variable(
+        ("DYN_MPI_SERVICES_FILE",),
+        "user, launch, local → worker, frontend, commands",
+        "`services.json` of a run folder, or JSON like it: the variables below, addresses and credentials, which it replaces. "
+        "Rank 0, the node agents and the frontend read it; no process has a secret in its environment then",
+    ),
+    Variable(
         ("ETCD_ENDPOINTS",),
-        "user, launch → worker",
+        "user → worker",
         "etcd, `http://HOST:2379`, several with commas: those that answer are tried first; without it `HEAD_NODE_IP` or `HEAD_NODE` "
         "(port 2379), else this host",
     ),
@@ -82,7 +88,7 @@ VARIABLES = (
     ),
     Variable(
         ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"),
-        "user, launch → worker",
+        "user → worker",
         "PEM texts, not files, shown to an `https://` endpoint",
     ),
     Variable(
@@ -97,12 +103,12 @@ VARIABLES = (
     ),
     Variable(
         ("NATS_SERVER",),
-        "user, launch → worker",
+        "user → worker",
         "`nats://HOST:4222`; has to answer where it is set, or with `--request-plane nats`",
     ),
     Variable(
         ("NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "NATS_AUTH_*", "NATS_TLS_*"),
-        "user, launch → Dynamo's runtime, worker",
+        "user → Dynamo's runtime, worker",
         "credentials for NATS, as Dynamo has them",
     ),
     Variable(
