@@ -288,7 +288,9 @@ class LeaderRank:
         from dynamo_mpi.runtime.trtllm_runner import TrtllmRunner
 
         gpus_per_node = inputs.config.gpus_per_node or len(worker.reports) // len(hosts(worker.reports))
-        runner = TrtllmRunner(worker, gpus_per_node, inputs.shape.bos_token_id or 0)
+        # with a draft model, some of the engine's samplers fail for a request with log probabilities
+        log_probs = inputs.config.speculative is None
+        runner = TrtllmRunner(worker, gpus_per_node, inputs.shape.bos_token_id or 0, log_probs=log_probs)
         code = runner.run(partial(self._on_ready, worker.settings))
         self._release_ranks(code)
         self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")

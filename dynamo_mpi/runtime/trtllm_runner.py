@@ -72,12 +72,13 @@ class TrtllmRunner(WorkerHook):
         worker: rank 0's shared objects.
         gpus_per_node: number of GPUs, and of ranks, of each node.
         token_id: the prompt of the first completion.
+        log_probs: whether to look at its log probabilities.
     """
 
-    def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int) -> None:
+    def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int, *, log_probs: bool) -> None:
         self._world, self._phases, self._log = worker.rank.world, worker.rank.phases, worker.rank.log
         self._settings, self._supervisor = worker.settings, worker.supervisor
-        self._gpus_per_node, self._token_id = gpus_per_node, token_id
+        self._gpus_per_node, self._token_id, self._log_probs = gpus_per_node, token_id, log_probs
         self._instance_lease, self._signals = worker.instance_lease, signals_of(worker.rank.launch.launcher)
         worker.hooks.add(self)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -175,7 +176,7 @@ class TrtllmRunner(WorkerHook):
         self._drain_seconds = drain_seconds(environment)
         self._child = child
         self._readiness_probe = ReadinessProbe(
-            settings, child.pid, self._token_id, environment, self._on_readiness_event
+            settings, child.pid, self._token_id, self._log_probs, environment, self._on_readiness_event
         )
         return child
 
@@ -301,6 +302,8 @@ class TrtllmRunner(WorkerHook):
             self._registered = True
             self._events.put(Registered())
         elif "proven" in message:
+            if warning := message.get("warning"):
+                self._log.warning(str(warning))
             self._events.put(FirstCompletion())
         elif not self._serving and not self._supervisor.failed.wait(_FIRST_CAUSE_SECONDS):
             self._supervisor.abort(readiness_error(message, registered=self._registered))

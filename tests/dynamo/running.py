@@ -44,6 +44,13 @@ def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> 
         time.sleep(0.02)
 
 
+def failure_in(path: Path) -> dict[str, Any]:
+    """Return what a failure file says: it follows the log by milliseconds, and the launcher may have ended before it is there."""
+    eventually(path.exists, f"{path} is there", 10)
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 def shared_memory_of(pids: Sequence[int]) -> set[str]:
     """Return the files in /dev/shm that these processes have mapped."""
     names: set[str] = set()

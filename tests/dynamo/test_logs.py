@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, mpi_environment
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, failure_in
 
 pytestmark = pytest.mark.dynamo
 SHIMS = Path(__file__).parent / "programs" / "shims"
@@ -103,6 +103,8 @@ def test_secrets_are_in_no_report_log_or_failure_file(tmp_path: Path, etcd: Etcd
         assert worker.wait() == 70, worker.text()
     finally:
         worker.stop()
+    for rank in (0, 1):
+        failure_in(failures / f"backend-rank-{rank}.json")
     files = [*logs.iterdir(), *failures.iterdir()]
     assert {path.name for path in files} >= {"backend-rank-0.log", "backend-rank-0.json", "backend-rank-1.json"}
     for text in (worker.text(), *(path.read_text() for path in files)):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, failure_in
 
 pytestmark = pytest.mark.dynamo
 HEARTBEAT = 2.0
@@ -40,7 +39,7 @@ def test_its_end_is_told_and_it_leaves_discovery_at_once(
         line = f"dynamo_mpi: rank 0 on {os.uname().nodename}: error in serve: {said}"
         eventually(lambda: line in worker.text(), "it is told", 1)
         assert worker.text().count(": error in ") == 1, worker.text()
-        failure = json.loads((tmp_path / "failures" / "backend-rank-0.json").read_text())
+        failure = failure_in(tmp_path / "failures" / "backend-rank-0.json")
         assert (failure["rank"], failure["phase"], failure["exit_code"]) == (0, "serve", 124 if patience else 70)
     finally:
         worker.stop()

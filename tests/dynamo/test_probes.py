@@ -19,7 +19,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo_mpi.common.ports import free_port, is_free
 from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
+from tests.dynamo.running import (
+    EtcdServer,
+    RunningWorker,
+    eventually,
+    failure_in,
+    http_get,
+    running_frontend,
+    system_port,
+)
 from tests.dynamo.test_worker_life import Stream
 
 pytestmark = pytest.mark.dynamo
@@ -200,7 +208,7 @@ def test_a_rank_that_dies_takes_the_answers_along(start: Start, tmp_path: Path, 
     (server,) = answering(worker)
     os.kill(worker.ranks()[2], signal.SIGKILL)
     assert worker.wait() != 0
-    report = json.loads((tmp_path / "failures/backend-rank-0.json").read_text())
+    report = failure_in(tmp_path / "failures/backend-rank-0.json")
     assert f"-{report['trace_id']}-" in TRACE
     eventually(lambda: has_ended(server) and is_free(port), "nothing is left", 5)
     last = numbers(file.read_text())

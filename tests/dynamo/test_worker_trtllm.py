@@ -310,6 +310,17 @@ def test_tensorrt_llms_own_hard_kill_is_reported_first(
     assert session_members(worker.process.pid) == []
 
 
+def test_a_model_whose_log_probabilities_are_no_numbers_isnt_ready(start: Start, etcd: EtcdServer) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT="nan:0")
+    assert worker.wait() == 70, worker.text()
+    (report,) = reports(worker)
+    assert (
+        "error in warmup: the first completion failed: RuntimeError: 8 of 8 log probabilities are no numbers" in report
+    )
+    assert not worker.ready_file.exists()
+    assert etcd.keys("v1/instances/") == []
+
+
 @pytest.mark.serial
 def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> None:
     worker = start("--load-timeout", "9", STANDIN_TRTLLM_FAULT="hang:1")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, Mpirun
-from tests.dynamo.running import eventually
+from tests.dynamo.running import eventually, failure_in
 from tests.fault_traces import processes_with
 from tests.servers import running_etcd
 
@@ -93,7 +93,7 @@ def test_a_worker_that_is_not_to_go_on_leaves_in_order(mpirun: Mpirun, tmp_path:
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("error in hardware_check: 1 error, nothing was loaded\n") == 1
     assert "error N1: data are wrong when they arrive: rank 1 on " in done.stderr
-    report = json.loads((tmp_path / "backend-rank-0.json").read_text())
+    report = failure_in(tmp_path / "backend-rank-0.json")
     assert (report["phase"], report["exit_code"]) == ("hardware_check", 75)
 
 

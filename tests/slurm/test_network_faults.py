@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.dynamo.running import eventually
+from tests.dynamo.running import eventually, failure_in
 
 from .conftest import MakeSlurm
 from .session import SlurmSession
@@ -71,7 +70,7 @@ def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slu
     print(f"left {left:.1f} s, srun {time.monotonic() - begin:.1f} s, code {code}\n{worker.text()}")
     assert code == 75, worker.text()
     assert worker.text().count(": error in ") == 1, worker.text()
-    report = json.loads((worker.ready_file.parent / "failures" / "backend-rank-0.json").read_text())
+    report = failure_in(worker.ready_file.parent / "failures" / "backend-rank-0.json")
     assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (
         rank,
         node,

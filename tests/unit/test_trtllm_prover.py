@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from dynamo_mpi.common.host_address import is_here
 from dynamo_mpi.common.ports import holds_port
-from dynamo_mpi.engines.trtllm.readiness_main import completion_request, find_instance
+from dynamo_mpi.engines.trtllm.readiness_main import Completion, completion_request, find_instance, judge
 
 
 def instance(number: int, address: str, kind: str = "tcp") -> Any:
@@ -72,3 +73,19 @@ def test_a_role_that_needs_a_peer_is_asked_for_both_steps(role: str) -> None:
     assert request["token_ids"] == [7]
     assert request["stop_conditions"]["max_tokens"] == 2
     assert ("disaggregated_params" in request) is (role != "agg")
+    assert request["output_options"] == {}
+    checked = completion_request(role, 7, 8, log_probs=True)
+    assert (checked["stop_conditions"]["max_tokens"], checked["output_options"]) == (8, {"logprobs": 1})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_log_probabilities_that_are_no_numbers_are_an_error(value: float | None) -> None:
+    with pytest.raises(RuntimeError, match="1 of 3 log probabilities are no numbers"):
+        judge(Completion([1, 2, 3], [-0.5, value, 0.0]))
+
+
+def test_one_token_over_and_over_is_a_warning() -> None:
+    assert "8 times token 5" in judge(Completion([5] * 8, [-0.1] * 8))
+    assert judge(Completion([5] * 7 + [6], [])) == ""
+    # the first completion alone is too short to tell
+    assert judge(Completion([5, 5], [])) == ""

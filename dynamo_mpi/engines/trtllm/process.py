@@ -139,6 +139,7 @@ class ReadinessProbe:
         settings: the worker's settings.
         pid: process id of ``dynamo.trtllm``.
         token_id: the prompt, one token.
+        log_probs: whether to look at log probabilities.
         environment: the child's environment, from which the probe finds etcd.
         on_message: called from a thread with each object that the probe writes, and with ``{"died": …}`` if it exits without a result.
     """
@@ -148,11 +149,13 @@ class ReadinessProbe:
         settings: Settings,
         pid: int,
         token_id: int,
+        log_probs: bool,
         environment: Mapping[str, str],
         on_message: Callable[[dict[str, Any]], None],
     ) -> None:
         command = [sys.executable, "-m", "dynamo_mpi.engines.trtllm.readiness_main"]
         command += ["--pid", str(pid), "--token-id", str(token_id)]
+        command += ["--log-probs"] if log_probs else []
         command += ["--endpoint", settings.endpoint, "--role", settings.role]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
         probe_environment, services = split_clients(

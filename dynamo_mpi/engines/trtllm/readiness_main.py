@@ -3,7 +3,10 @@
 
 A separate process (``python -m dynamo_mpi.engines.trtllm.readiness_main``), because Dynamo's runtime has a lease and threads that rank 0's
 MPI process, where the engine runs, should not have. It writes one JSON object per line to stdout: ``{"registered": ID}``, then
-``{"proven": SECONDS}``, or ``{"error": TEXT}``.
+``{"proven": SECONDS, "warning": TEXT}``, or ``{"error": TEXT}``.
+
+A completion with tokens proves that the engine works, not that its weights are right. So a second one is asked for with log probabilities,
+where the engine gives them: one that is no number is an error. A text of one token over and over is a warning.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.host_address import is_here
 from dynamo_mpi.common.ports import holds_port
@@ -27,21 +31,35 @@ _POLL_SECONDS = 0.1
 # far less than dynamo.trtllm needs for its imports
 _SETTLE_SECONDS = 1.0
 _TOKENS = 2  # the second is generated from the KV cache that the first one filled
+# sound models seldom repeat one token so often
+_CHECKED_TOKENS = 8
 # keeps the request out of the shared prefix cache: the engine's own dummy requests have a prompt of one token too
 _CACHE_SALT = "dynamo_mpi-proof"
 
 
-def completion_request(role: str, token_id: int) -> dict[str, Any]:
-    """Return a request for two tokens.
+class Completion(NamedTuple):
+    """What came back.
 
-    Prefill and decode workers generate both themselves: with ``context_and_generation`` the handler needs no peer, which it allows for
+    Args:
+        tokens: the generated tokens.
+        log_probs: their log probabilities; empty if the engine gives none.
+    """
+
+    tokens: list[int]
+    log_probs: list[float | None]
+
+
+def completion_request(role: str, token_id: int, tokens: int = _TOKENS, *, log_probs: bool = False) -> dict[str, Any]:
+    """Return a request for some tokens.
+
+    Prefill and decode workers generate them all themselves: with ``context_and_generation`` the handler needs no peer, which it allows for
     health checks only (`dynamo.trtllm.health_check`).
     """
     request: dict[str, Any] = {
         "token_ids": [token_id],
-        "stop_conditions": {"max_tokens": _TOKENS, "ignore_eos": True},
+        "stop_conditions": {"max_tokens": tokens, "ignore_eos": True},
         "sampling_options": {"temperature": 0.0},
-        "output_options": {},
+        "output_options": {"logprobs": 1} if log_probs else {},
         "routing": {"cache_salt": _CACHE_SALT},
         "_HEALTH_CHECK": True,
     }
@@ -72,8 +90,8 @@ async def find_instance(client: Any, pid: int) -> int:
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _complete(client: Any, request: dict[str, Any], instance: int) -> int:
-    tokens = 0
+async def _complete(client: Any, request: dict[str, Any], instance: int) -> Completion:
+    found = Completion([], [])
     async for chunk in await client.direct(request, instance):
         if chunk.is_error():
             raise RuntimeError(
@@ -82,8 +100,29 @@ async def _complete(client: Any, request: dict[str, Any], instance: int) -> int:
         data = chunk.data() or {}
         if data.get("finish_reason") not in (None, "stop", "length"):
             raise RuntimeError(f"it ended with {data['finish_reason']!r}")
-        tokens += len(data.get("token_ids") or ())
-    return tokens
+        found.tokens.extend(data.get("token_ids") or ())
+        found.log_probs.extend(data.get("log_probs") or ())
+    return found
+
+
+def judge(completion: Completion) -> str:
+    """Return a warning about a completion of `_CHECKED_TOKENS` tokens, or an empty text.
+
+    Raises:
+        RuntimeError: a log probability is no number. JSON has null for one.
+    """
+    wrong = [value for value in completion.log_probs if value is None or not math.isfinite(value)]
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(completion.log_probs)} log probabilities are no numbers: the weights, or what computes with them, are "
+            "damaged; compare the model's files with their source, and look for Xid errors of the GPUs"
+        )
+    if len(completion.tokens) >= _CHECKED_TOKENS and len(set(completion.tokens)) == 1:
+        return (
+            f"the answer to a prompt of one token is {len(completion.tokens)} times token {completion.tokens[0]}: if answers to questions "
+            "make no sense either, compare the model's files with their source, and its quantisation with the GPU's"
+        )
+    return ""
 
 
 async def probe_readiness(arguments: argparse.Namespace) -> None:
@@ -97,10 +136,15 @@ async def probe_readiness(arguments: argparse.Namespace) -> None:
     if arguments.role == "encode":
         return
     start = time.monotonic()
-    tokens = await _complete(client, completion_request(arguments.role, arguments.token_id), instance)
-    if tokens == 0:
+    first = await _complete(client, completion_request(arguments.role, arguments.token_id), instance)
+    if not first.tokens:
         raise RuntimeError("the completion has no tokens")
-    _write(proven=time.monotonic() - start)
+    request = completion_request(arguments.role, arguments.token_id, _CHECKED_TOKENS, log_probs=arguments.log_probs)
+    try:
+        checked = await _complete(client, request, instance)
+    except Exception:  # an engine that refuses log probabilities has answered without them
+        checked = first
+    _write(proven=time.monotonic() - start, warning=judge(checked))
 
 
 def _write(**content: Any) -> None:
@@ -111,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dynamo_mpi.engines.trtllm.readiness_main")
     parser.add_argument("--pid", type=int, required=True, help="process of dynamo.trtllm")
     parser.add_argument("--token-id", type=int, required=True, help="prompt of one token")
+    parser.add_argument("--log-probs", action="store_true", help="ask for log probabilities")
     for name in ("endpoint", "role", "discovery-backend", "request-plane"):
         parser.add_argument(f"--{name}", required=True)
     return parser

@@ -21,7 +21,7 @@ Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_
     while it loads), ``crash:RANK``, ``stick:RANK`` (a second after loading, the real one's hard kill, with 137 for all ranks: its
     loop crashed, or hangs), ``slow:SECONDS`` (every rank takes that long to load),
     ``lose-lease:SECONDS`` (that long after loading, the process that holds the LLM ends in order without having been asked,
-    with code 0), ``unhealthy:SECONDS`` (that long after loading, the LLM is found dead).
+    with code 0), ``unhealthy:SECONDS`` (that long after loading, the LLM is found dead), ``nan:0`` (log probabilities are no numbers).
 ``STANDIN_TRTLLM_END_SECONDS``
     How long the process that holds the LLM goes on after a failed start.
 """

@@ -24,7 +24,7 @@ _FAULTS = {
     **dict.fromkeys(
         ("raise", "fail", "hang", "die", "crash", "stick"), lambda text: ALL if text == "all" else int(text)
     ),
-    **dict.fromkeys(("slow", "lose-lease", "unhealthy"), float),
+    **dict.fromkeys(("slow", "lose-lease", "unhealthy", "nan"), float),
 }
 
 

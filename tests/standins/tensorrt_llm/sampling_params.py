@@ -84,7 +84,7 @@ class SamplingParams:
             "repetition_penalty": (None, 1),
             "presence_penalty": (None, 0),
             "frequency_penalty": (None, 0),
-            "logprobs": (None,),
+            "logprobs": (None, 1),
             "prompt_logprobs": (None,),
             "guided_decoding": (None,),
             "logits_processor": (None,),

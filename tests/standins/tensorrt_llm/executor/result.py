@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
+from tensorrt_llm._environment import fault
 from tensorrt_llm.disaggregated_params import DisaggregatedParams, offered
 
 from .utils import RequestError
@@ -16,7 +18,7 @@ from .utils import RequestError
 
 @dataclass
 class Logprob:
-    """As the real one has it; the stand-in makes none."""
+    """As the real one has it; the stand-in makes none but those of the fault ``nan``."""
 
     logprob: float
     rank: int | None = None
@@ -97,6 +99,8 @@ class GenerationResult:
             if not self._keep_stop:
                 new.pop()
         output.token_ids = output.token_ids + new
+        if fault("nan") is not None:
+            output.logprobs = [{token: Logprob(math.nan, 1)} for token in output.token_ids]
         output.disaggregated_params = offered(chunk, self.request_id, output.token_ids, self._asked)
         output.finish_reason = chunk.finish_reason
         self.finished = chunk.finish_reason is not None
