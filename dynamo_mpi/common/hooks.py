@@ -56,6 +56,9 @@ class WorkerHook:
     def on_hardware_checked(self, figures: dict[str, Any]) -> None:
         """Called when the hardware checks have passed; ``figures`` as in the worker record."""
 
+    def on_staged(self, figures: dict[str, Any]) -> None:
+        """Called when all nodes have a copy of the model; ``figures`` as in the worker record."""
+
     def on_registered(self, lease: int) -> None:
         """Called when Dynamo's runtime has registered the worker; the lease id is also the instance id."""
 
@@ -104,6 +107,9 @@ class WorkerHooks(WorkerHook):
 
     def on_hardware_checked(self, figures: dict[str, Any]) -> None:
         self._call("on_hardware_checked", figures)
+
+    def on_staged(self, figures: dict[str, Any]) -> None:
+        self._call("on_staged", figures)
 
     def on_registered(self, lease: int) -> None:
         self._call("on_registered", lease)

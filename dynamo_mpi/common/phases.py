@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PHASES = (
-    *("environment", "mpi_init", "preflight", "hardware_check"),
+    *("environment", "mpi_init", "preflight", "hardware_check", "stage"),
     *("load", "warmup", "register", "serve", "drain", "exit"),
 )
 FORMER_PHASES = {"world": "mpi_init", "probe": "hardware_check", "prove": "warmup"}

@@ -56,11 +56,12 @@ KILL_SECONDS, POLL_SECONDS, _LOOK_SECONDS = 5.0, 0.05, 0.005
 
 
 class Streams(NamedTuple):
-    """The standard streams of a child, as in `subprocess.Popen`."""
+    """The standard streams of a child, as in `subprocess.Popen`, and further descriptors that it inherits, under the same numbers."""
 
     stdin: int | IO[bytes] = subprocess.DEVNULL
     stdout: int | IO[bytes] | None = None
     stderr: int | IO[bytes] | None = None
+    inherited: tuple[int, ...] = ()
 
 
 _NO_STREAMS = Streams()
@@ -106,7 +107,7 @@ class ManagedProcess:
                 stdout=streams.stdout,
                 stderr=streams.stderr,
                 env=variables,
-                pass_fds=files,
+                pass_fds=(*files, *streams.inherited),
                 start_new_session=True,
             )
         finally:

@@ -105,6 +105,14 @@ def to_path_text(text: str) -> str:
     return text
 
 
+def to_folder(text: str) -> Path:
+    """Parse the path of a folder that every node has: an absolute one."""
+    path = to_path(text)
+    if not path.is_absolute():
+        raise ValueError("an absolute path")
+    return path
+
+
 def to_path(text: str) -> Path:
     """Parse a path."""
     from pathlib import Path  # takes milliseconds, and `check` needs no Path

@@ -74,6 +74,10 @@ class Settings:
     probe_strict: bool
     probe_seconds: float
     probe_kv_seconds: float | None
+    stage: Path | None
+    stage_timeout: float
+    stage_readers: int
+    stage_verify: str
     load_timeout: float
     warmup_timeout: float
     drain_timeout: float

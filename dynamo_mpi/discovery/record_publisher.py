@@ -122,6 +122,10 @@ class RecordPublisher(WorkerHook):
         """Set the measurements of the hardware checks."""
         self._update(probe=figures)
 
+    def on_staged(self, figures: dict[str, Any]) -> None:
+        """Set what staging the model took."""
+        self._update(stage=figures)
+
     def on_failure_detected(self) -> None:
         """Delete the record."""
         self.unpublish()

@@ -123,6 +123,7 @@ class WorkerRecord:
         trace: the W3C ``traceparent`` it runs under.
         probe: the measurements of the hardware checks, by check; None if none ran.
         process_start: when rank 0's process began, as ``BOOT_ID:TICKS`` (since boot); None if that isn't known, or from an older writer.
+        stage: what copying the model to the nodes took: path, bytes, nodes and seconds; None if it wasn't copied.
     """
 
     role: str
@@ -152,6 +153,7 @@ class WorkerRecord:
     trace: str | None = None
     probe: dict[str, Any] | None = None
     process_start: str | None = None
+    stage: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -195,6 +197,7 @@ class WorkerRecord:
             contract=nested(Contract, "contract"),
             progress=nested(Progress, "progress", "ranks"),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
+            stage=stage if isinstance(stage := content.get("stage"), dict) else None,
         )
 
     @property

@@ -71,7 +71,7 @@ def format_failure(failure: FailureRecord, name: str, now: float) -> str:
 
 _PAIR = frozenset({"prefill", "decode"})
 # in the order in which a worker enters them
-_ORDER = ("environment", "mpi_init", "preflight", "hardware_check", "load", "warmup", "register", "serve")
+_ORDER = ("environment", "mpi_init", "preflight", "hardware_check", "stage", "load", "warmup", "register", "serve")
 
 
 class MissingItem(NamedTuple):

@@ -108,7 +108,7 @@ def _events(status: DeploymentStatus) -> list[str]:
 
 SCHEMA = 1
 # for partners, not for operators
-_HIDDEN = ("contract", "probe")
+_HIDDEN = ("contract", "probe", "stage")
 
 
 def as_json(status: DeploymentStatus) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.mpi.world import World
+    from dynamo_mpi.stage.session import Staging
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.fault_injection import InjectedFault
@@ -90,7 +91,10 @@ def run_follower(
         fault.follow(heartbeat)
     signals.begin(partial(_forward_signal, agent, heartbeat))
     try:
+        staging = _begin_staging(world, spec) if spec.stage else None
         stopped = _check_hardware(world, spec, phases) if spec.probe else None
+        if stopped is None and staging is not None:
+            spec, stopped = _finish_staging(world, spec, staging, phases)
         code = _follow(context, spec, heartbeat) if stopped is None else stopped
     except Exception as error:  # any error: the other ranks may be inside the engine's collectives
         heartbeat.report_failure(error)
@@ -117,6 +121,29 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
         phases.mark_local_done()
         message = world.broadcast()
     return message[1] if message[:1] == STOP else None
+
+
+def _begin_staging(world: World, spec: EngineSpec) -> Staging:
+    from dynamo_mpi.stage.session import StagePlan, Staging
+
+    staging = Staging(world, StagePlan.unpack(spec.stage))
+    staging.begin()
+    return staging
+
+
+def _finish_staging(
+    world: World, spec: EngineSpec, staging: Staging, phases: PhaseTracker
+) -> tuple[EngineSpec, int | None]:
+    """Wait for the copies of the model; return the spec with the folder to load from, and the exit code if rank 0 stops the world."""
+    with phases.enter("stage"):
+        staging.finish()
+        phases.mark_local_done()
+        message = world.broadcast()
+        if message[:1] == STOP:
+            return spec, message[1]
+        path = message[1:].decode("utf-8", "surrogateescape")
+        staging.accept(path)
+    return spec._replace(model_dir=path or spec.model_dir), None
 
 
 def _follow(context: RankContext, spec: EngineSpec, heartbeat: HeartbeatClient) -> int:

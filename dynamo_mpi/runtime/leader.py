@@ -23,6 +23,7 @@ from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
+from dynamo_mpi.runtime.leader_staging import LeaderStaging
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
 
 if TYPE_CHECKING:
@@ -133,15 +134,26 @@ class LeaderRank:
                 self._log.warning(line)
             hardware_checks = plan_hardware_checks(settings, result.subject.layout, ranks_by_host(reports))
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
+            staging = LeaderStaging(self._context, settings, self._hooks)
+            spec = spec._replace(stage=staging.plan(reports, rank0_address.network if rank0_address else ""))
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
+            staging.begin()
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
+            staging.cancel()
             supervisor.close()
             return refused
+        try:
+            spec = spec._replace(model_dir=staging.finish() or spec.model_dir)
+        except DynamoMpiError as error:
+            supervisor.report_orderly_failure(error)
+            self._release_ranks(error.exit_code)
+            supervisor.close()
+            return error.exit_code
         worker = WorkerContext(
             self._context, settings, supervisor, self._hooks, reports, self._instance_lease(settings)
         )
         if settings.engine == "trtllm":
-            code = self._lead_trtllm(worker, inputs)
+            code = self._lead_trtllm(worker, inputs, spec.model_dir)
         else:
             from dynamo_mpi.runtime.engine_runner import EngineRunner
 
@@ -284,13 +296,13 @@ class LeaderRank:
             self._world.broadcast(message)
             self._world.barrier(2 * SHUTDOWN_SECONDS)
 
-    def _lead_trtllm(self, worker: WorkerContext, inputs: PreflightInputs) -> int:
+    def _lead_trtllm(self, worker: WorkerContext, inputs: PreflightInputs, model_dir: str) -> int:
         from dynamo_mpi.runtime.trtllm_runner import TrtllmRunner
 
         gpus_per_node = inputs.config.gpus_per_node or len(worker.reports) // len(hosts(worker.reports))
         # with a draft model, some of the engine's samplers fail for a request with log probabilities
         log_probs = inputs.config.speculative is None
-        runner = TrtllmRunner(worker, gpus_per_node, inputs.shape.bos_token_id or 0, log_probs=log_probs)
+        runner = TrtllmRunner(worker, gpus_per_node, inputs.shape.bos_token_id or 0, model_dir, log_probs=log_probs)
         code = runner.run(partial(self._on_ready, worker.settings))
         self._release_ranks(code)
         self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")

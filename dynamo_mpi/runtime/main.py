@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m dynamo_mpi.worker``: the same command in every rank; together they become one Dynamo worker.
 
-    environment -> mpi_init -> preflight -> hardware_check -> load -> warmup -> register -> serve -> drain -> exit
+    environment -> mpi_init -> preflight -> hardware_check -> stage -> load -> warmup -> register -> serve -> drain -> exit
 
 Ranks other than 0 import as little as possible before the preflight result, and never what only rank 0 needs (settings, YAML, the Dynamo
 runtime): on a shared file system, hundreds of ranks that open hundreds of files dominate the start-up time.

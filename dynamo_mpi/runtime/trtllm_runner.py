@@ -72,13 +72,17 @@ class TrtllmRunner(WorkerHook):
         worker: rank 0's shared objects.
         gpus_per_node: number of GPUs, and of ranks, of each node.
         token_id: the prompt of the first completion.
+        model_dir: the folder from which the engine loads the model: the model's own, or its copy on each node.
         log_probs: whether to look at its log probabilities.
     """
 
-    def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int, *, log_probs: bool) -> None:
+    def __init__(
+        self, worker: WorkerContext, gpus_per_node: int, token_id: int, model_dir: str, *, log_probs: bool
+    ) -> None:
         self._world, self._phases, self._log = worker.rank.world, worker.rank.phases, worker.rank.log
         self._settings, self._supervisor = worker.settings, worker.supervisor
         self._gpus_per_node, self._token_id, self._log_probs = gpus_per_node, token_id, log_probs
+        self._model_dir = model_dir
         self._instance_lease, self._signals = worker.instance_lease, signals_of(worker.rank.launch.launcher)
         worker.hooks.add(self)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -167,7 +171,7 @@ class TrtllmRunner(WorkerHook):
         settings = self._settings
         environment = child_environment(clients_environ(), address, settings)
         child = TrtllmProcess(
-            child_command(settings, self._gpus_per_node),
+            child_command(settings, self._gpus_per_node, self._model_dir),
             environment,
             self._on_child_exit,
             self._on_child_stopped,

@@ -50,7 +50,7 @@ _PATTERN = re.compile(
 _POLL_SECONDS = 0.02
 _MUTEX_BYTES = 64
 # the phases that a rank other than 0 begins by itself; from the load on, rank 0 leads
-_LOCAL_PHASES = ("environment", "mpi_init", "preflight", "hardware_check")
+_LOCAL_PHASES = ("environment", "mpi_init", "preflight", "hardware_check", "stage")
 
 
 class FaultError(RuntimeError):
@@ -167,7 +167,7 @@ class InjectedFault:
         self._execute()
 
     def _on_world_phase(self, phase: str) -> None:
-        if phase not in ("hardware_check", "load"):
+        if phase not in ("hardware_check", "stage", "load"):
             self._on_phase_reached(phase)
 
     def _on_phase_reached(self, phase: str) -> None:

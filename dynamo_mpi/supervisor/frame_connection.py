@@ -116,6 +116,11 @@ class FrameConnection:
             raise ClosedError(lost=False)
         return list(self._decoder.feed(data))
 
+    def detach(self) -> socket.socket:
+        """Give up the connection, and return its socket, which blocks. Nothing must be unsent, nor received and not yet returned."""
+        self._connection.setblocking(True)
+        return self._connection
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()

@@ -10,7 +10,7 @@ SERVING_SECONDS = 60.0
 """The default heartbeat timeout: longer than anything that holds the GIL while serving."""
 LOADING_SECONDS = 300.0
 """The default while loading: importing a library of gigabytes from a cold shared file system holds the GIL all the time."""
-_LOADING_PHASES = ("preflight", "hardware_check", "load")
+_LOADING_PHASES = ("preflight", "hardware_check", "stage", "load")
 _MAX_INTERVAL_SECONDS = 5.0
 _LENGTH_BYTES = 4
 

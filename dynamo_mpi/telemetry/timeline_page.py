@@ -62,8 +62,8 @@ class Scheme(NamedTuple):
         return ";".join(f"--{name}:{value}" for name, value in named.items())
 
 
-_LIGHT = "#6b7280 #332288 #a8328f #7a6200 #800040 #0a6ebd #b84a00 #4b2a7b #005c44 #8c5a12 #1f2328 #5b6b8c"
-_DARK = "#c6ccd4 #8f8cf0 #f09ad8 #d9b83a #ff6080 #46a3e6 #ff9a56 #b08cf5 #66e6b0 #d8ab6a #9aa5b2 #93a6cc"
+_LIGHT = "#6b7280 #332288 #a8328f #7a6200 #800040 #7a00ee #0a6ebd #b84a00 #4b2a7b #005c44 #8c5a12 #1f2328 #5b6b8c"
+_DARK = "#c6ccd4 #8f8cf0 #f09ad8 #d9b83a #ff6080 #8fe388 #46a3e6 #ff9a56 #b08cf5 #66e6b0 #d8ab6a #9aa5b2 #93a6cc"
 LIGHT = Scheme("#ffffff", "#1b1f24", "#57606a", "#d5dae0", "#f3f5f7", "#ffffff", "#b3001b", tuple(_LIGHT.split()))
 DARK = Scheme("#14181d", "#e8ecf1", "#a5afba", "#333b45", "#1c2229", "#10141a", "#ff8a8a", tuple(_DARK.split()))
 _CLASSES = (*map(str, range(len(ORDER))), "x")

@@ -35,6 +35,7 @@ LETTERS = {
     "mpi_init": "w",
     "preflight": "p",
     "hardware_check": "b",
+    "stage": "g",
     "load": "L",
     "warmup": "v",
     "register": "r",

@@ -55,7 +55,7 @@ def _read(kind: str) -> list[Any]:
 
 
 def record() -> str:
-    return f"key: {sources.record_key(FULL, _LEASE)}\n" + members_of(_read("record"), opaque=("probe",))
+    return f"key: {sources.record_key(FULL, _LEASE)}\n" + members_of(_read("record"), opaque=("probe", "stage"))
 
 
 def last_failure() -> str:

@@ -35,8 +35,8 @@ class HostsSettings:
     second_rate: str = ""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= 9:
-            raise ClusterError(f"{self.count} hosts asked for: 1 to 9 are possible")
+        if not 1 <= self.count <= 32:
+            raise ClusterError(f"{self.count} hosts asked for: 1 to 32 are possible")
 
     @property
     def names(self) -> tuple[str, ...]:

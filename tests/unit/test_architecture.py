@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "dynamo_mpi"
 ORDER = (
     *("common", "layout", "mpi", "config", "discovery", "engines", "supervisor"),
-    *("checks", "telemetry", "runtime", "deploy", "ops", "cli"),
+    *("checks", "stage", "telemetry", "runtime", "deploy", "ops", "cli"),
 )
 ENTRY_POINTS = {"__init__", "__main__", "worker", "head_node", "pods"}
 

@@ -19,6 +19,7 @@ def test_phases_stand_in_the_order_of_a_life() -> None:
         "mpi_init",
         "preflight",
         "hardware_check",
+        "stage",
         "load",
         "warmup",
         "register",

@@ -82,6 +82,7 @@ def test_bars_and_what_is_written_can_be_seen(scheme: Scheme) -> None:
 def test_phases_that_follow_each_other_differ_for_every_eye(scheme: Scheme, sight: str) -> None:
     followers = list(itertools.pairwise(ORDER))
     # of a rank other than 0 of the reference engine
+    followers += [("preflight", "stage"), ("preflight", "load"), ("hardware_check", "load")]
     followers += [("load", "serve"), ("serve", "exit"), ("warmup", "serve")]
     for one, other in followers:
         colours = scheme.phases[ORDER.index(one)], scheme.phases[ORDER.index(other)]

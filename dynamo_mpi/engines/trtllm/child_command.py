@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ class SessionAddress:
         return f"SessionAddress({self.address!r}, size={self.size})"
 
 
-def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
+def child_command(settings: Settings, gpus_per_node: int, model_dir: str = "") -> tuple[str, ...]:
     """Return the command that runs this worker's ``dynamo.trtllm``.
 
     Only options that the user set are passed; for the rest, the defaults of ``dynamo.trtllm`` apply. It inherits ``DYN_*`` variables.
@@ -80,12 +81,20 @@ def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
     Args:
         settings: the worker's settings; flags that only ``dynamo.trtllm`` knows are passed on unchanged.
         gpus_per_node: number of GPUs, and of ranks, of each node: without it the engine uses the number visible on rank 0's node (A10).
+        model_dir: the folder from which the engine loads the model; empty for the model's own. The frontend gets the model's own in any case.
     """
     argv = ["--model", str(settings.model), "--served-model-name", settings.served_model_name]
     argv += ["--endpoint", settings.endpoint, "--disaggregation-mode", settings.role]
     argv += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
+    overrides, dynamic = settings.override_engine_args, settings.dynamic_flags
+    if model_dir and model_dir != str(settings.model):
+        # the engine's own key: Dynamo registers --model. Both ways of overriding exclude each other
+        if dynamic:
+            dynamic = (*dynamic, "--trtllm.model", model_dir)
+        else:
+            overrides = json.dumps(json.loads(overrides or "{}") | {"model": model_dir})
     for option in ENGINE_OPTIONS:
-        value = getattr(settings, option.name)
+        value = overrides if option.name == "override_engine_args" else getattr(settings, option.name)
         if value is None or option.name in _OWN_OPTIONS:
             continue
         flag = "--" + option.name.replace("_", "-")
@@ -103,7 +112,7 @@ def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
         "dynamo.trtllm",
         *argv,
         *settings.passed_on,
-        *settings.dynamic_flags,
+        *dynamic,
     )
 
 

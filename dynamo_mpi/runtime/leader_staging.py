@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's part in staging: plans it, logs how far it is, and decides from which folder the engine loads."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.runtime.follower import CONTINUE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.rank_report import RankReport
+    from dynamo_mpi.common.hooks import WorkerHooks
+    from dynamo_mpi.config.worker import Settings
+    from dynamo_mpi.stage.coordinator import Status
+    from dynamo_mpi.stage.session import StagePlan, Staging
+    from dynamo_mpi.supervisor.context import RankContext
+
+
+class LeaderStaging:
+    """The staging of one worker; without ``--stage``, nothing happens.
+
+    Args:
+        context: rank 0's context.
+        settings: the worker's settings.
+        hooks: called with what it took.
+    """
+
+    def __init__(self, context: RankContext, settings: Settings, hooks: WorkerHooks) -> None:
+        self._world, self._phases, self._log = context.world, context.phases, context.log
+        self._settings, self._hooks = settings, hooks
+        self._plan: StagePlan | None = None
+        self._staging: Staging | None = None
+        self._began = self._due = 0.0
+        self._interval = settings.progress_interval
+
+    def plan(self, reports: Sequence[RankReport], network: str) -> str:
+        """Return what to stage, for `EngineSpec`; empty for nothing.
+
+        Args:
+            reports: the ranks' preflight reports, in rank order.
+            network: the network that all nodes share; empty if it isn't known.
+        """
+        settings = self._settings
+        if settings.stage is None:
+            return ""
+        from dynamo_mpi.stage.manifest import StageError
+        from dynamo_mpi.stage.session import plan_staging
+
+        limits = (settings.stage_readers, settings.stage_timeout, settings.stage_verify == "digest")
+        try:
+            self._plan = plan_staging(str(settings.model), str(settings.stage), reports, network, limits)
+        except StageError as error:
+            self._warn(str(error))
+            return ""
+        return self._plan.pack()
+
+    def begin(self) -> None:
+        """Start it. Collective."""
+        if self._plan is not None:
+            from dynamo_mpi.stage.session import Staging
+
+            self._began = time.monotonic()
+            self._due = self._began + self._interval
+            self._staging = Staging(self._world, self._plan, self._on_status)
+            self._staging.begin()
+
+    def cancel(self) -> None:
+        """End it: the worker stops."""
+        if self._staging is not None:
+            self._staging.cancel()
+
+    def finish(self) -> str:
+        """Wait until all nodes have a copy. Collective.
+
+        Returns:
+            The folder of the copies, the same on all nodes; empty to load from the model's own folder.
+
+        Raises:
+            RetryableError: the model has changed meanwhile. The other ranks have not received it.
+        """
+        if self._staging is None:
+            return ""
+        from dynamo_mpi.stage.session import describe
+
+        with self._phases.enter("stage"):
+            outcome = self._staging.finish()
+            self._phases.mark_local_done()
+            if outcome.problem:
+                self._warn(outcome.problem)
+            else:
+                self._log.info(describe(outcome.figures), dict(outcome.figures))
+                self._hooks.on_staged(dict(outcome.figures))
+            self._world.broadcast(CONTINUE + os.fsencode(outcome.path))
+        return outcome.path
+
+    def _warn(self, problem: str) -> None:
+        self._log.warning(
+            f"the model is not staged, and is loaded from {self._settings.model}: {problem}\n"
+            "  expected: room for it in --stage (DYN_MPI_STAGE) on each node, in a folder that only this user can write\n"
+            "  fix:      correct --stage, or leave it out"
+        )
+
+    def _on_status(self, status: Status) -> None:
+        from dynamo_mpi.stage.session import describe_status
+
+        now = time.monotonic()
+        if now < self._due or self._settings.progress == "off":
+            return
+        self._interval *= 2
+        self._due = now + self._interval
+        rate = status.have / (now - self._began)
+        self._log.info(describe_status(status, rate), {"phase": "stage", **status._asdict()})

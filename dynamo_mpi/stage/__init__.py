@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies the checkpoint to every node once, reading the shared file system once for all of them.
+
+manifest    the files of a model, and the extents in which they are copied
+store       the copies on this node: locks, room, what is used, what is removed
+partial     a copy that isn't complete: written, verified, then published as a whole
+pool        which node reads which extent
+wire        the messages between the nodes' helpers
+coordinator the first node's server: hands out extents, and ends staging for all nodes together
+transfer    a node's readers, and its streams from and to its neighbours
+helper      the process of a node that does all this
+session     a rank's side: all ranks start, await and judge the staging together
+"""

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of a node that copies a model: ``python -m dynamo_mpi.stage.helper``, started by the node's first rank.
+
+It is a process of its own, so that neither the ranks nor the node agent, which watches them, wait for a disk or the network. It gets one JSON
+line on stdin, the secret in it, and writes JSON lines on stdout: how far the nodes are, and how it has ended. It ends with its rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+from dynamo_mpi.common.process import host_name, raise_nofile_limit_to_hard, set_process_title
+from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Coordinator
+from dynamo_mpi.stage.manifest import Manifest, SourceChangedError, StageError
+from dynamo_mpi.stage.partial import PartialCopy
+from dynamo_mpi.stage.store import State, Store
+from dynamo_mpi.stage.transfer import Place, Transfer
+from dynamo_mpi.stage.wire import CONTROL, LineChannel, Listener, Peer, connect_to
+
+DONE = "done"
+"""How staging ends otherwise: this node has its copy."""
+_STREAMS = 4
+_CONNECT_SECONDS = 20.0
+_POLL_SECONDS = 0.1
+_STATUS_SECONDS = 0.5
+_DAMAGED_SECONDS = 5.0
+_END_SECONDS = 10.0
+
+
+class HelperPlan(NamedTuple):
+    """What a node's helper is to do.
+
+    Args:
+        folder: where this node keeps copies.
+        manifest: the model, from `Manifest.to_json`.
+        lock: descriptor of the copy's lock.
+        node: this node's number in the ring; -1 if it isn't in it: it has a copy, or waits for another worker's.
+        ring: the nodes that copy.
+        coordinator: where the coordinator listens.
+        coordinates: whether that is this process.
+        listener: descriptor of the listening socket.
+        token: the secret of this world's helpers, hexadecimal.
+        readers: how many extents a node reads at once.
+        seconds: the time limit.
+        digests: whether to read an earlier copy to check it.
+    """
+
+    folder: str
+    manifest: str
+    lock: int
+    node: int
+    ring: tuple[Peer, ...]
+    coordinator: Peer
+    coordinates: bool
+    listener: int
+    token: str
+    readers: int
+    seconds: float
+    digests: bool = False
+
+    def to_json(self) -> str:
+        """Encode it as one line."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def from_json(cls, line: str) -> HelperPlan:
+        """Decode the result of `to_json`."""
+        members = json.loads(line)
+        members["ring"] = tuple(Peer(*peer) for peer in members["ring"])
+        return cls(**members | {"coordinator": Peer(*members["coordinator"])})
+
+
+class Helper:
+    """Copies one model for one node.
+
+    Args:
+        plan: what to do.
+        write: called with each message for the rank.
+    """
+
+    def __init__(self, plan: HelperPlan, write: Any) -> None:
+        self._plan, self._write = plan, write
+        self._end = time.monotonic() + plan.seconds
+        self._manifest = Manifest.from_json(plan.manifest)
+        self._hosts = tuple(peer.host for peer in plan.ring)
+        self._coordinator: Coordinator | None = None
+        self._transfer: Transfer | None = None
+        self._can_receive = threading.Event()
+
+    def run(self) -> dict[str, Any]:
+        """Return how it has ended, for the rank."""
+        plan, began = self._plan, time.monotonic()
+        figures: dict[str, Any] = {}
+        try:
+            store = Store(plan.folder)
+            if plan.coordinates and plan.ring:
+                self._coordinator = Coordinator(self._manifest, self._hosts)
+                threading.Thread(target=self._lead, args=(self._coordinator,), name="lead", daemon=True).start()
+            if plan.node >= 0:
+                figures = self._copy(store)
+            else:
+                if self._coordinator is not None:
+                    self._listen()
+                figures = self._await_other(store)
+            if self._coordinator is not None:
+                self._coordinator.join(max(_END_SECONDS, self._end - time.monotonic()))
+        except SourceChangedError as error:
+            return {"result": CHANGED, "text": str(error)}
+        except StageError as error:
+            return {"result": FAILED, "text": str(error)}
+        except OSError as error:
+            return {"result": FAILED, "text": f"the staging process has failed: {error}"}
+        finally:
+            # the other nodes must get the reason before their connection to this process closes
+            if self._coordinator is not None:
+                self._coordinator.join(_END_SECONDS)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "result": DONE,
+            "seconds": round(time.monotonic() - began, 3),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
+            "memory_bytes": usage.ru_maxrss << 10,
+            **figures,
+        }
+
+    def _lead(self, coordinator: Coordinator) -> None:
+        limit = threading.Timer(max(0.0, self._end - time.monotonic()), self._late, (coordinator,))
+        limit.daemon = True
+        limit.start()
+        reporting = threading.Thread(target=self._report, args=(coordinator, limit), name="report", daemon=True)
+        reporting.start()
+        coordinator.run()
+        limit.cancel()
+
+    def _late(self, coordinator: Coordinator) -> None:
+        status = coordinator.status()
+        coordinator.fail(
+            FAILED, f"not all nodes have the model within {self._plan.seconds:g} s; the slowest is {status.slowest}"
+        )
+
+    def _report(self, coordinator: Coordinator, until: threading.Timer) -> None:
+        while not until.finished.wait(_STATUS_SECONDS):
+            self._write({"status": list(coordinator.status())})
+
+    def _admit(self, node: int, number: int, stream: socket.socket) -> None:
+        if number == CONTROL and self._coordinator is not None:
+            self._coordinator.attach(node, LineChannel(stream))
+            return
+        self._can_receive.wait(_CONNECT_SECONDS)
+        transfer = self._transfer
+        if number < _STREAMS and transfer is not None and node == (self._plan.node - 1) % len(self._hosts):
+            transfer.add_incoming(stream, first=number == 0)
+        else:
+            stream.close()
+
+    def _copy(self, store: Store) -> dict[str, Any]:
+        """Copy the model together with the other nodes of the ring."""
+        plan, channel = self._plan, self._connect()
+        try:
+            removed = store.make_room(self._manifest.size, self._manifest.folder_name)
+            copy = PartialCopy(store, self._manifest)
+        except StageError as error:
+            channel.send(FAILED, str(error))
+            raise
+        try:
+            transfer = self._take_part(copy, channel)
+            copy.publish(transfer.digests())
+        except BaseException:
+            copy.discard()
+            raise
+        finally:
+            channel.close()
+        store.share(plan.lock)
+        return {**transfer.figures(), "removed": removed}
+
+    def _take_part(self, copy: PartialCopy, channel: LineChannel) -> Transfer:
+        """Copy, until all nodes of the ring have a copy that can be published.
+
+        Raises:
+            StageError: it has ended otherwise.
+        """
+        plan = self._plan
+        place = Place(plan.node, self._hosts, plan.readers)
+        transfer = self._transfer = Transfer(place, self._manifest, copy, channel)
+        self._can_receive.set()
+        try:
+            if place.successor != plan.node:
+                for number in range(_STREAMS):
+                    successor = plan.ring[place.successor]
+                    stream = connect_to(successor, plan.token, plan.node, number, _CONNECT_SECONDS)
+                    transfer.add_outgoing(stream, first=number == 0)
+            transfer.start()
+            end = transfer.wait(self._end + _END_SECONDS - time.monotonic())
+        except StageError as error:
+            channel.send(FAILED, str(error))
+            raise
+        finally:
+            transfer.close()
+        if end[0] != "publish":
+            raise (SourceChangedError if end[0] == CHANGED else StageError)(end[1])
+        return transfer
+
+    def _connect(self) -> LineChannel:
+        """Accept the other nodes, and connect to the coordinator."""
+        plan = self._plan
+        if plan.listener >= 0:
+            self._listen()
+        if self._coordinator is None:
+            return LineChannel(connect_to(plan.coordinator, plan.token, plan.node, CONTROL, _CONNECT_SECONDS))
+        ours, its = socket.socketpair()
+        self._coordinator.attach(plan.node, LineChannel(its))
+        return LineChannel(ours)
+
+    def _listen(self) -> None:
+        Listener(socket.socket(fileno=self._plan.listener), self._plan.token, self._admit)
+
+    def _await_other(self, store: Store) -> dict[str, Any]:
+        """Wait for the copy that another worker makes; make one for this node alone if that worker ends without one."""
+        plan, damaged_since = self._plan, 0.0
+        while (state := store.take(plan.lock, self._manifest, digests=plan.digests)) is State.BUSY:
+            now = time.monotonic()
+            if now > self._end:
+                raise StageError(f"another worker on this node has not copied the model within {plan.seconds:g} s")
+            is_damaged = os.path.lexists(store.copy_path(self._manifest.folder_name))
+            damaged_since = (damaged_since or now) if is_damaged else 0.0
+            if is_damaged and now - damaged_since > _DAMAGED_SECONDS:
+                raise StageError(
+                    f"{store.copy_path(self._manifest.folder_name)} has been changed, and other workers use it"
+                )
+            time.sleep(_POLL_SECONDS)
+        if state is State.COMPLETE:
+            return {}
+        alone = plan._replace(node=0, ring=(Peer(host_name(), "", 0),), coordinates=True, listener=-1)
+        own = Helper(alone._replace(seconds=max(0.0, self._end - time.monotonic())), self._write)
+        result = own.run()
+        if result["result"] != DONE:
+            raise (SourceChangedError if result["result"] == CHANGED else StageError)(result["text"])
+        return {name: result[name] for name in ("read_bytes", "received_bytes", "sent_bytes", "removed")}
+
+
+def main() -> None:
+    """Run as a node's helper."""
+    set_process_title("dynamo_mpi: stages the model")
+    raise_nofile_limit_to_hard()
+    # a rank is often bound to one core; the kernel keeps this within the job's own
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    plan = HelperPlan.from_json(sys.stdin.readline())
+    lock = threading.Lock()
+
+    def write(message: dict[str, Any]) -> None:
+        with lock, contextlib.suppress(OSError):
+            os.write(1, json.dumps(message).encode() + b"\n")
+
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+    write(Helper(plan, write).run())
+    os._exit(0)
+
+
+def _end_with_rank() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which node reads which extent. Pure.
+
+Extents are handed out one by one, so a fast node reads more of them. When all are handed out, those of a slow node are given to another one
+as well, and a node that its neighbour serves more slowly than it could read by itself may read what others have read before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SLOW_FACTOR = 3.0
+"""What takes longer than this many times the mean of reading an extent is late: reading itself, or its way to the other nodes."""
+MIN_SECONDS = 2.0
+"""... if it takes at least this long."""
+
+
+class _Reading(NamedTuple):
+    node: int
+    since: float
+    second: bool
+
+
+class Pool:
+    """The extents of a model. Not thread-safe.
+
+    Args:
+        lengths: their bytes.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths, self._next = lengths, 0
+        # the ends of files say little about how long a whole one takes
+        self._typical = max(lengths, default=0) // 2
+        self._reading: dict[int, _Reading] = {}
+        self._read: dict[int, float] = {}
+        self._times = self._seconds = 0.0
+
+    def next(self, node: int, now: float, wanted: Sequence[int] = ()) -> int | None:
+        """Return the extent that a node is to read now; None if there is none for it at the moment.
+
+        Args:
+            node: the node.
+            now: monotonic seconds.
+            wanted: extents that it would rather read by itself than wait for, once others have read them.
+        """
+        if self._next < len(self._lengths):
+            extent = self._next
+            self._next += 1
+            self._reading[extent] = _Reading(node, now, second=False)
+            return extent
+        if not self._times:
+            return None
+        late = max(MIN_SECONDS, SLOW_FACTOR * self._seconds / self._times)
+        for extent, reading in self._reading.items():
+            if reading.node != node and not reading.second and now - reading.since > late:
+                self._reading[extent] = reading._replace(second=True)
+                return extent
+        return next((each for each in wanted if now - self._read.get(each, now) > late), None)
+
+    def done(self, extent: int, now: float) -> None:
+        """Note that an extent has been read. Unknown ones are ignored."""
+        reading = self._reading.pop(extent, None)
+        if reading is None:
+            return
+        self._read[extent] = now
+        if self._lengths[extent] > self._typical:
+            self._seconds += now - reading.since
+            self._times += 1

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's side of staging. All ranks begin and finish it together; the first rank of each node has a helper process do the work meanwhile.
+
+Staging never ends a worker because it isn't possible: then all ranks load from the original folder. It does if the model changes meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.common.errors import DynamoMpiError, RetryableError
+from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.ports import LOOPBACK
+from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.subprocess import ManagedProcess, Streams
+from dynamo_mpi.layout.format import gib
+from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Status
+from dynamo_mpi.stage.helper import DONE, HelperPlan
+from dynamo_mpi.stage.manifest import Manifest, StageError, scan
+from dynamo_mpi.stage.store import State, Store
+from dynamo_mpi.stage.wire import Peer
+from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dynamo_mpi.mpi.placement import HasHost
+    from dynamo_mpi.mpi.world import World
+
+SETTING = "--stage (DYN_MPI_STAGE)"
+_BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
+_GRACE_SECONDS = 60.0
+
+
+class StagePlan(NamedTuple):
+    """What to stage, the same on all ranks.
+
+    Args:
+        folder: where each node keeps copies.
+        manifest: the model, from `Manifest.to_json`.
+        firsts: the first rank of each node.
+        network: the network in which the nodes reach each other; empty for each host's own address.
+        readers: how many extents a node reads at once.
+        seconds: the time limit.
+        digests: whether to read earlier copies to check them.
+    """
+
+    folder: str
+    manifest: str
+    firsts: tuple[int, ...]
+    network: str
+    readers: int
+    seconds: float
+    digests: bool
+
+    def pack(self) -> str:
+        """Encode it."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def unpack(cls, text: str) -> StagePlan:
+        """Decode the result of `pack`."""
+        members = json.loads(text)
+        return cls(**members | {"firsts": tuple(members["firsts"])})
+
+
+def plan_staging(
+    model: str, folder: str, ranks: Sequence[HasHost], network: str, limits: tuple[int, float, bool]
+) -> StagePlan:
+    """Return the plan for a model.
+
+    Args:
+        model: its folder.
+        folder: where each node keeps copies.
+        ranks: each rank's host.
+        network: the network in which the nodes reach each other; empty for each host's own address.
+        limits: readers of a node, the time limit in seconds, and whether to read earlier copies to check them.
+
+    Raises:
+        StageError: the model's folder can't be copied.
+    """
+    firsts: dict[str, int] = {}
+    for rank, place in enumerate(ranks):
+        firsts.setdefault(place.host, rank)
+    readers, seconds, digests = limits
+    return StagePlan(folder, scan(model).to_json(), tuple(firsts.values()), network, readers, seconds, digests)
+
+
+class Outcome(NamedTuple):
+    """How staging has ended.
+
+    Args:
+        path: the folder of the copy, the same on all nodes; empty to load from the original folder.
+        problem: why the original folder is used, on rank 0.
+        figures: what it took, on rank 0: for the log and the worker record.
+    """
+
+    path: str = ""
+    problem: str = ""
+    figures: Mapping[str, Any] = {}
+
+
+class Staging:
+    """One staging, from `begin` to `finish`.
+
+    Args:
+        world: all ranks.
+        plan: what to stage.
+        on_status: called on rank 0 with how far the nodes are, twice a second, in a thread.
+    """
+
+    def __init__(self, world: World, plan: StagePlan, on_status: Callable[[Status], object] = lambda _: None) -> None:
+        self._world, self._plan, self._on_status = world, plan, on_status
+        self._manifest = Manifest.from_json(plan.manifest)
+        self._began = time.monotonic()
+        self._lock = -1
+        self._listener: socket.socket | None = None
+        self._process: ManagedProcess | None = None
+        self._reader: threading.Thread | None = None
+        self._result: dict[str, Any] = {}
+        self._path = self._problem = ""
+        self._in_memory = False
+
+    def begin(self) -> None:
+        """Agree on which nodes copy, and start. Collective; takes as long as looking at the copies on the slowest node."""
+        is_first = self._world.rank in self._plan.firsts
+        mine = self._prepare() if is_first else {}
+        answers = self._world.gather(json.dumps(mine).encode())
+        message = self._world.broadcast(json.dumps(self._arrange(answers)).encode() if self._world.rank == 0 else b"")
+        arranged = json.loads(message)
+        self._problem = arranged.get("problem", "")
+        if not is_first or self._problem:
+            self._release()
+            return
+        state = State(mine["state"])
+        ring = {rank: Peer(*peer) for rank, peer in arranged["ring"]}
+        node = list(ring).index(self._world.rank) if self._world.rank in ring else -1
+        coordinates = self._world.rank == 0 and bool(ring)
+        if state is State.COMPLETE and not self._plan.digests and not coordinates:
+            self._result = {"result": DONE}
+        else:
+            self._start(node, tuple(ring.values()), arranged)
+        if self._listener is not None:
+            self._listener.close()
+
+    def finish(self) -> Outcome:
+        """Wait until the nodes have their copies, and decide on rank 0. Collective; then rank 0 sends its decision, see `accept`.
+
+        Raises:
+            RetryableError: on rank 0: the model has changed meanwhile. The other ranks still wait for a message.
+        """
+        mine = self._await() if self._world.rank in self._plan.firsts and not self._problem else {}
+        answers = [json.loads(answer) for answer in self._world.gather(json.dumps(mine).encode())]
+        if self._world.rank:
+            return Outcome()
+        results = [(rank, answers[rank]) for rank in self._plan.firsts if answers[rank]]
+        for kind in (CHANGED, FAILED):
+            for _, result in results:
+                if result["result"] != kind:
+                    continue
+                if kind == CHANGED:
+                    raise RetryableError(
+                        result["text"],
+                        expected="a model that stays as it is while a worker starts",
+                        fix="start the worker again when nothing writes to the model's folder any more",
+                    )
+                self._problem = self._problem or result["text"]
+        if self._problem:
+            self._release()
+            return Outcome(problem=self._problem)
+        return Outcome(self._path, figures=self._figures([result for _, result in results]))
+
+    def accept(self, path: str) -> None:
+        """Note what rank 0 has decided, on the other ranks: the folder of the copy, or an empty path to load from the original folder."""
+        if not path:
+            self._release()
+
+    def cancel(self) -> None:
+        """End the helper, without waiting for the other ranks."""
+        if self._process is not None:
+            self._process.kill()
+
+    # the first rank of a node
+
+    def _prepare(self) -> dict[str, Any]:
+        """Look at this node's copy, and listen if it must be made."""
+        try:
+            store = Store(self._plan.folder)
+            self._lock = store.open_lock(self._manifest.folder_name)
+            self._path = store.copy_path(self._manifest.folder_name)
+            end = time.monotonic() + _BUSY_SECONDS
+            # a lock may also be held for a moment by somebody who looks at it
+            while (state := store.take(self._lock, self._manifest)) is State.BUSY and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS)
+            self._in_memory = store.in_memory
+            answer = {"host": host_name(), "state": state.value, "path": self._path}
+            if len(self._plan.firsts) > 1 and (state is State.MISSING or self._world.rank == 0):
+                address = host_address(self._plan.network or None, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                self._listener = socket.create_server((address, 0), family=family, backlog=128)
+                answer |= {"address": address, "port": self._listener.getsockname()[1]}
+        except (StageError, DynamoMpiError) as error:
+            return {"problem": f"{host_name()}: {error}"}
+        except OSError as error:
+            return {"problem": f"{host_name()}: no other node can reach this one: {error.strerror or error}"}
+        return answer
+
+    def _arrange(self, answers: Sequence[bytes]) -> dict[str, Any]:
+        """Return which nodes copy, on rank 0."""
+        nodes = {rank: json.loads(answers[rank]) for rank in self._plan.firsts}
+        for answer in nodes.values():
+            if "problem" in answer:
+                return {"problem": answer["problem"]}
+        first = nodes[0]
+        for answer in nodes.values():
+            if answer["path"] != first["path"]:
+                problem = f"the copy would be {answer['path']} on {answer['host']}, {first['path']} on {first['host']}"
+                return {"problem": problem}
+
+        def peer(answer: Mapping[str, Any]) -> list[Any]:
+            return [answer["host"], answer.get("address", LOOPBACK), answer.get("port", 0)]
+
+        ring = [[rank, peer(answer)] for rank, answer in nodes.items() if answer["state"] == State.MISSING.value]
+        return {"ring": ring, "coordinator": peer(first), "token": secrets.token_hex(TOKEN_BYTES)}
+
+    def _start(self, node: int, ring: tuple[Peer, ...], arranged: Mapping[str, Any]) -> None:
+        plan = self._plan
+        listener = -1 if self._listener is None else self._listener.fileno()
+        coordinates = self._world.rank == 0 and bool(ring)
+        own = HelperPlan(
+            plan.folder,
+            plan.manifest,
+            self._lock,
+            node,
+            ring,
+            Peer(*arranged["coordinator"]),
+            coordinates,
+            listener if len(ring) > 1 or coordinates else -1,
+            arranged["token"],
+            plan.readers,
+            plan.seconds,
+            plan.digests,
+        )
+        inherited = tuple(number for number in (self._lock, own.listener) if number >= 0)
+        try:
+            self._process = ManagedProcess(
+                "the staging process",
+                [sys.executable, "-m", "dynamo_mpi.stage.helper"],
+                environment={**os.environ, "PYTHONPATH": package_path(os.environ)},
+                streams=Streams(subprocess.PIPE, subprocess.PIPE, inherited=inherited),
+            )
+        except OSError as error:
+            self._result = {"result": FAILED, "text": f"no process can be started: {error.strerror}"}
+            return
+        stdin, stdout = self._process.popen.stdin, self._process.popen.stdout
+        if stdin is not None and stdout is not None:  # as pipes were asked for
+            with contextlib.suppress(OSError):
+                stdin.write(own.to_json().encode() + b"\n")
+                stdin.flush()
+            self._reader = threading.Thread(target=self._read, args=(stdout,), name="stage", daemon=True)
+            self._reader.start()
+
+    def _read(self, stdout: IO[bytes]) -> None:
+        for line in stdout:
+            message = json.loads(line)
+            if "status" in message:
+                self._on_status(Status(*message["status"]))
+            else:
+                self._result = message
+
+    def _await(self) -> dict[str, Any]:
+        """Return how this node's helper has ended."""
+        if self._reader is not None and self._process is not None:
+            self._reader.join(max(0.0, self._began + self._plan.seconds + _GRACE_SECONDS - time.monotonic()))
+            self._process.kill()
+        host = host_name()
+        if not self._result:
+            code = self._process.exit_code() if self._process is not None else None
+            return {"result": FAILED, "text": f"{host}: the staging process has ended with code {code}"}
+        if self._result["result"] == FAILED and host not in self._result["text"]:
+            return {**self._result, "text": f"{host}: {self._result['text']}"}
+        return self._result
+
+    def _figures(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        copied = [result for result in results if result.get("read_bytes", 0) or result.get("received_bytes", 0)]
+        return {
+            "path": self._path,
+            "bytes": self._manifest.size,
+            "in_memory": self._in_memory,
+            "nodes": len(results),
+            "nodes_copied": len(copied),
+            "read_bytes": sum(result["read_bytes"] for result in copied),
+            "seconds": round(time.monotonic() - self._began, 3),
+            "helper_memory_bytes": max((result.get("memory_bytes", 0) for result in results), default=0),
+        }
+
+    def _release(self) -> None:
+        """Let go of this node's copy: nothing uses it."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def package_path(environ: Mapping[str, str]) -> str:
+    """Return a PYTHONPATH with which another interpreter finds this package."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
+
+
+def describe(figures: Mapping[str, Any]) -> str:
+    """Describe how staging has ended, in one line."""
+    size, seconds = gib(figures["bytes"]), figures["seconds"]
+    several = figures["nodes"] > 1
+    nodes = f"{figures['nodes']} node{'s' if several else ''}"
+    cost = ", in memory, where it counts against the job's limit" if figures["in_memory"] else ""
+    if not figures["nodes_copied"]:
+        return f"stage: {nodes} had the model already ({size}) in {figures['path']}{cost}"
+    return (
+        f"stage: {nodes} {'have' if several else 'has'} the model ({size}) in {figures['path']}{cost}, after {seconds:.1f} s; "
+        f"{gib(figures['read_bytes'])} were read from its own folder"
+    )
+
+
+def describe_status(status: Status, rate: float) -> str:
+    """Describe how far the nodes are.
+
+    Args:
+        status: how far they are.
+        rate: bytes that the slowest node gets each second.
+    """
+    left = f", {(status.total - status.have) / rate:.0f} s left" if rate > 0 else ""
+    return (
+        f"stage {status.have / 2**30:.1f}/{gib(status.total)}, {rate / 2**30:.2f} GiB/s, slowest {status.slowest}{left}"
+    )

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The copies of models on this node, in a folder of this user's: ``DIR/dynamo-mpi-UID/``.
+
+    NAME-DIGEST/              a complete copy: plain files, and `MARKER`, its manifest
+    .partial-NAME-DIGEST/     one that is being made, or was when its maker was killed
+    .lock-NAME-DIGEST         its lock: exclusive while it is made or removed, shared while a worker uses it
+    .lock                     held for moments, when locks change hands
+
+The locks are the reference count: the kernel releases them when a worker ends, however it ends. All of it is believed only because nobody
+else can write there (`own_files`), and because the file system is this node's own: on a shared one, ``flock`` may mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.common.own_files import OwnFolder, reason
+from dynamo_mpi.layout.format import gib
+from dynamo_mpi.stage.manifest import Manifest, StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MARKER = ".dynamo-mpi-manifest.json"
+PARTIAL, LOCK = ".partial-", ".lock"
+_MAX_MARKER_BYTES = 64 << 20
+_SPARE_BYTES = 64 << 20
+_CHUNK_BYTES = 4 << 20
+_HASHERS = 8
+_SHARED_TYPES = frozenset(
+    {"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "9p", "afs", "fuse"}
+)
+_MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
+
+
+class State(Enum):
+    """What this node has of a model."""
+
+    COMPLETE = "complete"
+    """A copy, which the caller's lock keeps from being removed."""
+    MISSING = "missing"
+    """None; the caller's lock is exclusive, for it to make one."""
+    BUSY = "busy"
+    """Another worker makes one; the caller has no lock."""
+
+
+class Entry(NamedTuple):
+    """A copy in the store.
+
+    Args:
+        name: its folder's name.
+        size: bytes; of an incomplete one, those that are there.
+        used: when a worker last took it, in seconds since 1970.
+        in_use: whether a worker uses or makes it.
+        complete: whether it is complete.
+        source: the folder that it is a copy of; empty if it is incomplete.
+    """
+
+    name: str
+    size: int
+    used: float
+    in_use: bool
+    complete: bool
+    source: str = ""
+
+
+class Store:
+    """This user's copies below a folder.
+
+    Args:
+        folder: the folder; it is created if only itself is missing.
+
+    Raises:
+        StageError: it can't be used: another user can write there, or it isn't on a file system of this node.
+    """
+
+    def __init__(self, folder: str) -> None:
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            with OwnFolder(folder) as parent, parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own:
+                self.path = os.path.realpath(own.path)
+            self._root = OwnFolder(self.path, guarded=True)
+        except OSError as error:
+            raise StageError(f"{folder} can't be used: {reason(error)}") from None
+        self.type = file_system_type(self.path)
+        if self.type.partition(".")[0] in _SHARED_TYPES and "overlay" not in self.type:
+            raise StageError(f"{folder} is on a shared file system ({self.type}), not on a disk of this node")
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether copies take memory of the node."""
+        return self.type in _MEMORY_TYPES
+
+    def copy_path(self, name: str) -> str:
+        """Return the folder of a complete copy."""
+        return os.path.join(self.path, name)
+
+    def open_lock(self, name: str) -> int:
+        """Open the lock of a copy, which is free until `take`; return the descriptor.
+
+        Raises:
+            StageError: it can't be opened.
+        """
+        try:
+            return self._root.open(f"{LOCK}-{name}", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise StageError(f"{self.path} can't be used: {reason(error)}") from None
+
+    def take(self, lock: int, manifest: Manifest, *, digests: bool = False) -> State:
+        """Lock a copy, without waiting: shared if it is complete, exclusively if it is to be made.
+
+        A damaged copy that other workers use counts as one that another worker makes.
+
+        Args:
+            lock: the result of `open_lock`.
+            manifest: the model.
+            digests: whether to read all of its files to check them, beside their sizes and times.
+
+        Raises:
+            StageError: there are no locks here.
+        """
+        if not self._lock(lock, fcntl.LOCK_SH):
+            return State.BUSY
+        if self.is_complete(manifest, digests=digests):
+            os.utime(lock)
+            return State.COMPLETE
+        # without the mutex, two workers that both hold it shared could not become its maker
+        with self._mutex():
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            if not self._lock(lock, fcntl.LOCK_EX):
+                return State.BUSY
+            # made meanwhile; but what was just found to be damaged stays so
+            if not digests and self.is_complete(manifest):
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                os.utime(lock)
+                return State.COMPLETE
+        return State.MISSING
+
+    def share(self, lock: int) -> None:
+        """Keep a copy that the caller has made: from now on, other workers can use it too."""
+        with self._mutex():
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(lock)
+
+    def is_complete(self, manifest: Manifest, *, digests: bool = False) -> bool:
+        """Return whether there is a complete copy: its marker, and every file with its size and time, and no other file."""
+        path = self.copy_path(manifest.folder_name)
+        try:
+            marker = self._read_marker(manifest.folder_name)
+        except (OSError, ValueError):
+            return False
+        if marker.source != manifest.source or marker.files != manifest.files:
+            return False
+        for file in marker.files:
+            try:
+                status = os.lstat(os.path.join(path, file.path))
+            except OSError:
+                return False
+            if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                return False
+        return not digests or _has_digests(path, marker)
+
+    def clear(self, name: str) -> None:
+        """Remove what is left of a copy, whose exclusive lock the caller has."""
+        for left in (f"{PARTIAL}{name}", name):
+            shutil.rmtree(os.path.join(self.path, left), ignore_errors=True)
+
+    def make_room(self, size: int, name: str) -> list[str]:
+        """Make room for a copy of ``size`` bytes: remove what killed workers have left, then the least recently used copies that nobody uses.
+
+        Returns:
+            The names of the complete copies that were removed.
+
+        Raises:
+            StageError: there is not enough room.
+        """
+        entries = sorted(self.entries(), key=lambda entry: (entry.complete, entry.used))
+        removed: list[str] = []
+        needed = size + _SPARE_BYTES
+        for entry in entries:
+            if entry.name == name or (entry.complete and self.free_bytes() >= needed):
+                continue
+            if self.remove(entry.name) and entry.complete:
+                removed.append(entry.name)
+        free = self.free_bytes()
+        if free < needed:
+            where = f"{self.path} ({'memory' if self.in_memory else self.type})"
+            used = [entry.name for entry in entries if entry.in_use and entry.name != name]
+            kept = f"; in use and kept: {', '.join(used)}" if used else ""
+            raise StageError(f"{where} has {gib(free)} free, and the model needs {gib(needed)}{kept}")
+        return removed
+
+    def free_bytes(self) -> int:
+        """Return how many bytes can be written here; of memory, what the node can give."""
+        status = os.statvfs(self.path)
+        free = status.f_bavail * status.f_frsize
+        return min(free, _available_memory()) if self.in_memory else free
+
+    def remove(self, name: str) -> bool:
+        """Remove a copy, unless it is in use; return whether it was removed."""
+        try:
+            lock = self.open_lock(name)
+        except StageError:
+            return False
+        try:
+            with self._mutex():
+                if not self._lock(lock, fcntl.LOCK_EX):
+                    return False
+                self.clear(name)
+                return not os.path.lexists(self.copy_path(name))
+        finally:
+            os.close(lock)
+
+    def entries(self) -> list[Entry]:
+        """Return all copies, also those that are incomplete, by name."""
+        names = self._root.names()
+        copies = {each.removeprefix(PARTIAL) for each in names if each.startswith(PARTIAL)}
+        copies |= {each for each in names if not each.startswith(".")}
+        return [self._entry(name) for name in sorted(copies)]
+
+    def _entry(self, name: str) -> Entry:
+        lock = self.open_lock(name)
+        try:
+            used = os.fstat(lock).st_mtime
+            in_use = not self._lock(lock, fcntl.LOCK_EX)
+        finally:
+            os.close(lock)
+        try:
+            marker = self._read_marker(name)
+        except (OSError, ValueError):
+            size = _size_on_disk(os.path.join(self.path, f"{PARTIAL}{name}")) + _size_on_disk(self.copy_path(name))
+            return Entry(name, size, used, in_use, complete=False)
+        return Entry(name, marker.size, used, in_use, complete=True, source=marker.source)
+
+    def _read_marker(self, name: str) -> Manifest:
+        with self._root.subfolder(name) as folder:
+            return Manifest.from_json(folder.read(MARKER, _MAX_MARKER_BYTES))
+
+    def _lock(self, lock: int, kind: int) -> bool:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise StageError(f"{self.path} has no locks: {error.strerror}") from None
+        return True
+
+    @contextlib.contextmanager
+    def _mutex(self) -> Iterator[None]:
+        lock = self._root.open(LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+
+def file_system_type(path: str) -> str:
+    """Return the type of a path's file system, as in /proc/mounts; empty if it isn't known."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    found = ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == number:
+                found = after.split()[0]
+    return found
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        return 1 << 62
+
+
+def _size_on_disk(folder: str) -> int:
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(here, name)).st_blocks * 512
+    return total
+
+
+def _has_digests(path: str, marker: Manifest) -> bool:
+    """Read all files, and return whether their extents have the digests that were computed when they were copied."""
+    extents = marker.extents()
+    if len(marker.digests) != len(extents):
+        return False
+
+    def is_right(number: int) -> bool:
+        file, offset, length = extents[number]
+        try:
+            with open(os.path.join(path, marker.files[file].path), "rb", buffering=0) as stream:
+                return digest_of(stream.fileno(), offset, length) == marker.digests[number]
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+        return all(pool.map(is_right, range(len(extents))))
+
+
+def digest_of(descriptor: int, offset: int, length: int) -> str:
+    """Return the digest of a part of a file; of what there is, if it is shorter."""
+    digest = hashlib.sha256()
+    end = offset + length
+    while offset < end and (data := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers that load a copy of the model: one copy on a node for all, and none where it can't be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.stage.manifest import scan
+from dynamo_mpi.stage.store import PARTIAL, Store
+from tests.conftest import ROOT
+from tests.dynamo.running import EtcdServer, RunningWorker
+from tests.namespaces.processes import all_pids, command_line
+
+pytestmark = pytest.mark.dynamo
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+WORDS = {
+    "reference": ("--engine", "reference", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2"),
+    "trtllm": ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2"),
+}
+Start = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def model(tmp_path: Path, model_dir: Path) -> Path:
+    """A model of the test's own, with the name that the served one has."""
+    return Path(shutil.copytree(model_dir, tmp_path / "own" / model_dir.name))
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model: Path) -> Iterator[Start]:
+    """Start workers that stage below ``tmp_path / "local"``; what is left of them is killed."""
+    workers: list[RunningWorker] = []
+    # short: a unix socket's name holds 107 bytes
+    temporary = tempfile.mkdtemp(prefix="t-")
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    usual = {
+        **UNBOUND,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": temporary,
+        "DYN_MPI_STAGE": str(tmp_path / "local"),
+        "ETCD_ENDPOINTS": etcd.url,
+    }
+
+    def begin(*flags: str, engine: str = "reference", **more: str) -> RunningWorker:
+        ranks = 2 if engine == "reference" else 3
+        name = f"{len(workers)}-agg"
+        words = ("--role", "agg", *WORDS[engine], *flags)
+        workers.append(RunningWorker(tmp_path, etcd, model, ranks, *words, name=name, **{**usual, **more}))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+    shutil.rmtree(temporary)
+
+
+def terminate(worker: RunningWorker) -> None:
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+
+
+@pytest.mark.landing("reference")
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_two_workers_and_the_next_start_use_one_copy(
+    engine: str, tmp_path: Path, model: Path, etcd: EtcdServer, start: Start
+) -> None:
+    store, name = Store(str(tmp_path / "local")), scan(str(model)).folder_name
+    first, second = start(engine=engine), start("--component", "other", engine=engine)
+    ready = [first.ready(), second.ready()]
+    assert all(each["phases"]["stage"] >= 0 for each in ready)
+    (entry,) = store.entries()
+    assert (entry.name, entry.complete, entry.in_use) == (name, True, True)
+    records = [record.stage for record in etcd.worlds()]
+    assert {record["path"] for record in records if record} == {store.copy_path(name)}
+    read = sorted(record["read_bytes"] for record in records if record)
+    assert read == [0, scan(str(model)).size], (first.text(), second.text())
+    if engine == "trtllm":
+        children = [
+            words for words in map(command_line, all_pids()) if "dynamo.trtllm" in words and str(model) in words
+        ]
+        child = children[0]
+        # the engine gets the copy, and Dynamo registers the folder that the frontend can read
+        assert json.loads(child[child.index("--override-engine-args") + 1]) == {"model": store.copy_path(name)}
+        assert child[child.index("--model") + 1] == str(model)
+    assert not store.remove(name)
+    terminate(first)
+    terminate(second)
+    third = start(engine=engine)
+    assert third.ready()["phases"]["stage"] < 1.0
+    assert "had the model already" in third.text()
+    terminate(third)
+    assert store.remove(name)
+
+
+def test_where_it_can_t_be_staged_the_worker_loads_the_original_and_says_why(
+    tmp_path: Path, model: Path, start: Start
+) -> None:
+    (model / "more.json").symlink_to("/etc/hostname")
+    worker = start()
+    worker.ready()
+    assert worker.text().count("warning: the model is not staged") == 1
+    assert "more.json is a link that leaves the model's folder, to /etc/hostname" in worker.text()
+    (model / "more.json").unlink()
+    shutil.rmtree(tmp_path / "local")
+    (tmp_path / "local").touch()
+    other = start("--component", "other")
+    other.ready()
+    assert other.text().count("warning: the model is not staged") == 1
+    assert f"{tmp_path / 'local'} can't be used: Not a directory" in other.text()
+    terminate(worker)
+    terminate(other)
+
+
+def test_a_killed_rank_leaves_nothing_half_visible_and_the_next_start_goes_on(
+    tmp_path: Path, model: Path, start: Start
+) -> None:
+    name = scan(str(model)).folder_name
+    worker = start(DYN_MPI_FAULT="rank1:stage:kill", DYN_MPI_ALLOW_FAULTS="1")
+    assert worker.wait() != 0
+    local = tmp_path / "local" / f"dynamo-mpi-{os.geteuid()}"
+    visible = [each for each in os.listdir(local) if not each.startswith(".")]
+    # it may have been complete before the rank was killed
+    assert visible in ([], [name])
+    second = start()
+    second.ready()
+    assert not [each for each in os.listdir(local) if each.startswith(PARTIAL)]
+    assert Store(str(tmp_path / "local")).is_complete(scan(str(model)), digests=True)
+    terminate(second)

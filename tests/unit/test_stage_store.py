@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging on one node: what identifies a model, its copies and their locks, room, and who reads what."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.stage import manifest as manifests
+from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, StageError, scan
+from dynamo_mpi.stage.partial import PartialCopy
+from dynamo_mpi.stage.pool import MIN_SECONDS, Pool
+from dynamo_mpi.stage.store import MARKER, PARTIAL, State, Store, digest_of
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "Llama"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "empty").touch()
+    (folder / "sub" / "weights.safetensors").write_bytes(os.urandom(9 * MIB))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").touch()
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "local"))
+
+
+def copy(store: Store, manifest: Manifest) -> int:
+    """Make a copy as a node alone does; return its lock, shared."""
+    lock = store.open_lock(manifest.folder_name)
+    assert store.take(lock, manifest) is State.MISSING
+    partial = PartialCopy(store, manifest)
+    digests = []
+    for file, offset, length in manifest.extents():
+        data = (Path(manifest.source) / manifest.files[file].path).read_bytes()[offset : offset + length]
+        partial.write(file, offset, memoryview(data))
+        digests.append(digest_of(partial.files.descriptor(file), offset, length))
+    for number in range(len(manifest.files)):
+        partial.sync(number)
+    partial.publish(tuple(digests))
+    store.share(lock)
+    return lock
+
+
+# -- the model ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_has_all_files_but_hidden_ones_and_survives_json(model: Path) -> None:
+    manifest = scan(str(model))
+    assert [file.path for file in manifest.files] == ["config.json", "empty", "sub/weights.safetensors"]
+    assert manifest.size == 9 * MIB + 2
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.folder_name.startswith("Llama-")
+
+
+def test_extents_cover_each_byte_once_and_grow_with_the_model(model: Path) -> None:
+    manifest = scan(str(model))
+    assert [(extent.file, extent.offset, extent.length) for extent in manifest.extents()] == [
+        (0, 0, 2),
+        (2, 0, 8 * MIB),
+        (2, 8 * MIB, MIB),
+    ]
+    assert manifests.extent_bytes_for(1 << 30) == MIN_EXTENT
+    assert manifests.extent_bytes_for(700 << 30) == MAX_EXTENT
+
+
+def test_another_version_of_a_model_has_another_folder(model: Path) -> None:
+    before = scan(str(model)).folder_name
+    os.utime(model / "config.json", ns=(1, 1))
+    changed = scan(str(model)).folder_name
+    (model / "more").touch()
+    assert len({before, changed, scan(str(model)).folder_name}) == 3
+
+
+def test_a_snapshot_of_the_hub_is_copied_with_the_names_of_its_blobs(tmp_path: Path) -> None:
+    root = tmp_path / "models--org--Name"
+    snapshot, blobs = root / "snapshots" / "abc", root / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "f00").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/f00")
+    manifest = scan(str(snapshot))
+    assert (manifest.files[0].path, manifest.files[0].blob) == ("config.json", "f00")
+    assert manifest.folder_name.startswith("org--Name-")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../other/file"])
+def test_a_link_that_leaves_the_model_is_refused(model: Path, target: str) -> None:
+    (model.parent / "other").mkdir()
+    (model.parent / "other" / "file").touch()
+    (model / "link.json").symlink_to(target)
+    with pytest.raises(StageError, match=r"link\.json is a link that leaves the model's folder"):
+        scan(str(model))
+
+
+def test_what_is_no_regular_file_is_refused(model: Path) -> None:
+    os.mkfifo(model / "pipe")
+    with pytest.raises(StageError, match="pipe is no regular file"):
+        scan(str(model))
+
+
+@pytest.mark.parametrize("change", ["time", "size", "new", "gone"])
+def test_a_change_of_the_model_names_the_file(model: Path, change: str) -> None:
+    manifest = scan(str(model))
+    manifests.require_all_unchanged(manifest)
+    if change == "time":
+        os.utime(model / "config.json", ns=(1, 1))
+    elif change == "size":
+        (model / "config.json").write_text("{ }")
+    elif change == "new":
+        (model / "added.json").touch()
+    else:
+        (model / "empty").unlink()
+    name = {"new": r"added\.json is new", "gone": "empty is gone"}.get(change, r"config\.json has changed")
+    with pytest.raises(SourceChangedError, match=name):
+        manifests.require_all_unchanged(manifest)
+
+
+# -- the store ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_the_model_with_its_times_and_nobody_else_may_read_it(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    os.close(copy(store, manifest))
+    path = Path(store.copy_path(manifest.folder_name))
+    for file in manifest.files:
+        assert (path / file.path).read_bytes() == (model / file.path).read_bytes()
+        assert (path / file.path).stat().st_mtime_ns == file.mtime_ns
+        assert not (path / file.path).is_symlink()
+    assert {each.stat().st_mode & 0o077 for each in [Path(store.path), path, *path.rglob("*")]} == {0}
+    assert store.is_complete(manifest, digests=True)
+
+
+def test_nothing_is_visible_before_it_is_published(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    lock = store.open_lock(manifest.folder_name)
+    assert store.take(lock, manifest) is State.MISSING
+    partial = PartialCopy(store, manifest)
+    partial.write(0, 0, memoryview(b"{}"))
+    assert not os.path.exists(store.copy_path(manifest.folder_name))
+    assert not store.is_complete(manifest)
+    partial.discard()
+    assert not any(name.startswith(PARTIAL) for name in os.listdir(store.path))
+    os.close(lock)
+
+
+def test_a_second_worker_waits_for_the_first_one_s_copy_and_then_shares_it(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    first, second = (store.open_lock(manifest.folder_name) for _ in range(2))
+    assert store.take(first, manifest) is State.MISSING
+    assert store.take(second, manifest) is State.BUSY
+    os.close(first)  # as if it were killed
+    assert store.take(second, manifest) is State.MISSING
+    os.close(second)
+    lock = copy(store, manifest)
+    third = store.open_lock(manifest.folder_name)
+    assert store.take(third, manifest) is State.COMPLETE
+    os.close(lock)
+    os.close(third)
+
+
+@pytest.mark.parametrize("damage", ["size", "time", "missing", "link", "marker"])
+def test_a_damaged_copy_is_made_again(model: Path, store: Store, damage: str) -> None:
+    manifest = scan(str(model))
+    os.close(copy(store, manifest))
+    path = Path(store.copy_path(manifest.folder_name))
+    file = path / "config.json"
+    if damage == "size":
+        file.chmod(0o600)
+        file.write_text("{  }")
+    elif damage == "time":
+        os.utime(file, ns=(1, 1))
+    elif damage == "marker":
+        (path / MARKER).unlink()
+    else:
+        file.unlink()
+        if damage == "link":
+            file.symlink_to(model / "config.json")
+    lock = store.open_lock(manifest.folder_name)
+    assert store.take(lock, manifest) is State.MISSING
+    os.close(lock)
+
+
+def test_wrong_bytes_of_the_right_size_are_found_by_digests(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    os.close(copy(store, manifest))
+    file = Path(store.copy_path(manifest.folder_name)) / "config.json"
+    before = file.stat().st_mtime_ns
+    file.chmod(0o600)
+    file.write_bytes(b"[]")
+    os.utime(file, ns=(before, before))
+    lock = store.open_lock(manifest.folder_name)
+    assert store.take(lock, manifest) is State.COMPLETE
+    assert store.take(lock, manifest, digests=True) is State.MISSING
+    os.close(lock)
+
+
+def test_the_least_recently_used_copies_make_room_but_never_one_in_use(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[tuple[str, int]] = []
+    for name in ("a", "b", "c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "w").write_bytes(bytes(1000))
+        manifest = scan(str(folder))
+        lock = copy(store, manifest)
+        os.utime(lock, (len(copies), len(copies)))
+        copies.append((manifest.folder_name, lock))
+    (_, in_use), *others = copies
+    for _, lock in others:
+        os.close(lock)
+    freed = len(store.entries()) * 1000
+    monkeypatch.setattr(Store, "free_bytes", lambda self: freed - sum(e.size for e in self.entries() if e.complete))
+    monkeypatch.setattr("dynamo_mpi.stage.store._SPARE_BYTES", 0)
+    assert store.make_room(1000, "new") == [copies[1][0]]
+    with pytest.raises(StageError, match=rf"needs .*in use and kept: {copies[0][0]}"):
+        store.make_room(3000, "new")
+    assert [entry.name for entry in store.entries()] == [copies[0][0]]
+    os.close(in_use)
+
+
+def test_what_a_killed_worker_has_left_makes_room_first(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    lock = store.open_lock(manifest.folder_name)
+    store.take(lock, manifest)
+    PartialCopy(store, manifest).write(0, 0, memoryview(b"{}"))
+    (entry,) = store.entries()
+    assert (entry.complete, entry.in_use) == (False, True)
+    os.close(lock)
+    assert store.make_room(1, "other") == []
+    assert store.entries() == []
+
+
+def test_a_folder_that_another_user_could_have_written_is_not_used(tmp_path: Path) -> None:
+    Store(str(tmp_path / "local"))
+    own = tmp_path / "local" / f"dynamo-mpi-{os.geteuid()}"
+    own.chmod(0o777)
+    with pytest.raises(StageError, match="a folder that others can write"):
+        Store(str(tmp_path / "local"))
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(StageError, match="can't be used"):
+        Store(str(tmp_path / "local"))
+
+
+def test_a_shared_file_system_is_no_place_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "nfs4")
+    with pytest.raises(StageError, match=r"on a shared file system \(nfs4\)"):
+        Store(str(tmp_path / "local"))
+
+
+def test_a_marker_is_json_with_the_digests(model: Path, store: Store) -> None:
+    manifest = scan(str(model))
+    os.close(copy(store, manifest))
+    marker = json.loads((Path(store.copy_path(manifest.folder_name)) / MARKER).read_text())
+    assert marker["source"] == str(model)
+    assert [len(digest) for digest in marker["digests"]] == [64, 64, 64]
+
+
+# -- who reads what -------------------------------------------------------------------------------------------------------
+
+
+def test_each_extent_is_handed_out_once() -> None:
+    pool = Pool([8, 8, 8])
+    assert [pool.next(node, 0.0) for node in (0, 1, 0, 1)] == [0, 1, 2, None]
+
+
+def test_a_slow_node_s_extent_goes_to_another_one_as_well_but_only_once() -> None:
+    pool = Pool([8, 8])
+    assert (pool.next(0, 0.0), pool.next(1, 0.0)) == (0, 1)
+    pool.done(0, 0.1)
+    assert pool.next(0, MIN_SECONDS / 2) is None
+    assert pool.next(1, 2 * MIN_SECONDS) is None
+    assert pool.next(0, 2 * MIN_SECONDS) == 1
+    assert pool.next(2, 9 * MIN_SECONDS) is None
+
+
+def test_small_files_say_nothing_about_how_long_an_extent_takes() -> None:
+    pool = Pool([1, 8, 8])
+    for node in range(3):
+        pool.next(node, 0.0)
+    pool.done(0, 0.001)
+    assert pool.next(0, 100.0) is None
+
+
+def test_a_starved_node_reads_again_what_others_have_read_long_ago() -> None:
+    pool = Pool([8, 8])
+    for extent in (0, 1):
+        pool.next(0, 0.0)
+        pool.done(extent, 0.1)
+    assert pool.next(1, 0.2, [1, 0]) is None
+    assert pool.next(1, 0.2 + MIN_SECONDS, [1]) == 1
