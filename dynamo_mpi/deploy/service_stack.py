@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.certificates import Credentials
 
 WATCH_SECONDS, SIGNAL_SECONDS = 0.2, 0.5
-# together less than the 30 s between Slurm's SIGTERM and SIGKILL (KillWait)
-STOP_SECONDS = {"frontend": 10.0, "nats": 5.0, "etcd": 5.0}
+# together less than the 30 s between Slurm's SIGTERM and SIGKILL (KillWait); the frontend waits for open streams, 7 to 9 s as seen
+STOP_SECONDS = {"frontend": 15.0, "nats": 4.0, "etcd": 5.0}
 
 
 @dataclass

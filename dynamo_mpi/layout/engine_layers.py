@@ -233,9 +233,9 @@ def flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Fi
 
 
 def gms_in_the_child(ranks: int) -> Finding:
-    """H16: ``--load-format gms`` patches the process of ``dynamo.trtllm`` and ranks that it spawns itself, not these (``setup_gms``)."""
+    """H17: ``--load-format gms`` patches the process of ``dynamo.trtllm`` and ranks that it spawns itself, not these (``setup_gms``)."""
     return Finding(
-        "H16",
+        "H17",
         Severity.ERROR,
         "--load-format gms doesn't reach the ranks: Dynamo sets it up in dynamo.trtllm alone, which loads no weights here",
         found=f"--load-format gms, {ranks} ranks",

@@ -79,9 +79,9 @@ def test_each_layer_lies_over_the_one_before() -> None:
 def test_gms_is_set_up_in_the_child_alone() -> None:
     flags = {"load_format": "gms", "tensor_parallel_size": 2}
     (finding,) = merge(EngineLayers(flags)).findings
-    assert (finding.rule, finding.severity, finding.found) == ("H16", Severity.ERROR, "--load-format gms, 2 ranks")
+    assert (finding.rule, finding.severity, finding.found) == ("H17", Severity.ERROR, "--load-format gms, 2 ranks")
     (finding,) = merge(EngineLayers({"load_format": "gms"}, "pipeline_parallel_size: 3")).findings
-    assert finding.rule == "H16"
+    assert finding.rule == "H17"
     assert not merge(EngineLayers({"load_format": "gms"})).findings
     # the engine's own, which each rank sets up
     assert not merge(EngineLayers({}, "load_format: GMS\ntensor_parallel_size: 2")).findings
