@@ -82,11 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refused_at(arguments: argparse.Namespace) -> Path | None:
-    """Return the folder in which a `wait` may run for the refused launch: the one that was named, or this job's."""
+    """Return the folder in which a `wait` may run for the refused launch: the one that was named, this job's, or mpirun's if it exists."""
     named, job = arguments.run_dir or os.environ.get("DYN_MPI_RUN_DIR"), os.environ.get("SLURM_JOB_ID", "")
-    if not named and not job:
-        return None
-    return Path(os.path.abspath(named or f"dynamo_mpi-{job}"))
+    path = Path(os.path.abspath(named or _default_run_dir(job)))
+    return path if named or job or path.is_dir() else None
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -99,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
             _say(f"dynamo-mpi launch: {remark}")
     nodes = _nodes(settings, arguments.dry_run, named)
     workers = assign(settings, nodes)
-    path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))
+    path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes.job_id)))
     source = find_source(settings.image, settings.python)
     builder, step_controller = _launcher(settings, nodes, source, path)
     if arguments.dry_run:
@@ -171,8 +170,8 @@ def _nodes(settings: LaunchSettings, dry_run: bool, named: str | None) -> Nodes:
     return allocated(environ, nodes_wanted(settings), settings.gpus_per_node)
 
 
-def _default_run_dir(nodes: Nodes) -> Path:
-    return Path(f"dynamo_mpi-{nodes.job_id}" if nodes.job_id else "dynamo_mpi-run")
+def _default_run_dir(job_id: str) -> Path:
+    return Path(f"dynamo_mpi-{job_id}" if job_id else "dynamo_mpi-run")
 
 
 def _launcher(

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.common.display import without_controls
+from dynamo_mpi.common.display import shell_word, without_controls
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
@@ -23,6 +23,7 @@ from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
 from dynamo_mpi.deploy.local.ask import Answer
+from dynamo_mpi.deploy.local.run_folder import StopRequested
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, StackRole, worker_specs
 from dynamo_mpi.deploy.services import ServiceError, curl_line
@@ -55,6 +56,7 @@ def success(
         },
         "tokens_per_second": answer.tokens_per_second,
         "milestones": ready.seconds,
+        "run_dir": str(ready.run_dir),
         "workers": workers,
         "processes": processes,
     }
@@ -213,6 +215,8 @@ def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printe
         except Interrupted:
             say("stopping (again: at once)")
             raise
+        except StopRequested:
+            say("asked to stop")
         except ServiceError as error:
             drain = False
             shown = arguments.verbose and error.part in {worker.name for worker in settings.workers}
@@ -235,7 +239,10 @@ def _serve(
         answer = stack.ask(ready, arguments.ask, max_tokens=arguments.max_tokens, on_text=printer.piece)
     printer.done(success(arguments.role, settings, ready, answer, url, stack.processes))
     if arguments.keep:
-        say(f"serving until Ctrl-C. Try:\n{curl_line(url, ready.model, max_tokens=32)}")
+        say(
+            f"serving until Ctrl-C, or dynamo-mpi down {shell_word(ready.run_dir)} (status and wait take --run-dir, too). Try:\n"
+            f"{curl_line(url, ready.model, max_tokens=32)}"
+        )
         stack.watch()
 
 

@@ -214,10 +214,13 @@ class DeploymentController:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        announced, reminders = False, ReminderSchedule(*REMINDER_SECONDS)
+        announced, reminders, departed = False, ReminderSchedule(*REMINDER_SECONDS), 0
         while True:
             self._require_services()
             self._worker_steps.poll()
+            if len(self._worker_steps.departed) > departed:
+                departed = len(self._worker_steps.departed)
+                self._describe()
             if self._worker_steps.ended:
                 self._say("all workers have ended")
                 return
@@ -302,6 +305,7 @@ class DeploymentController:
                         "ranks": w.ranks,
                         "step": command.step,
                         "launch": command.environment.get(LAUNCH_VARIABLE),
+                        "departed": self._worker_steps.departed.get(w.name),
                     }
                     for w in self._workers
                     for command in [self._builder.worker(w)]

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, STOP, open_run_dir, read_services
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, STOP, open_run_dir, read_services, write_object
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class ServicesDir(_HeldFolder):
 
     def publish(self, content: Mapping[str, Any]) -> None:
         """Write ``services.json``."""
-        _write(self._folder, SERVICES, content)
+        write_object(self._folder, SERVICES, content)
 
     def retract(self) -> None:
         """Remove ``services.json``. Idempotent."""
@@ -195,7 +195,7 @@ class RunDir(_HeldFolder):
 
     def describe(self, content: Mapping[str, Any]) -> None:
         """Write ``deployment.json``, for the operator's commands."""
-        _write(self._folder, DEPLOYMENT, content)
+        write_object(self._folder, DEPLOYMENT, content)
 
     def write_end(self, exit_code: int, report: str) -> None:
         """Write how the deployment has ended, for `dynamo-mpi wait`. Does not raise.
@@ -284,7 +284,7 @@ def _owner(text: str) -> str:
 def _write_end(folder: OwnFolder, exit_code: int, report: str) -> None:
     content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
     with contextlib.suppress(OSError):
-        _write(folder, ENDED, {**content, "time": time.time()})
+        write_object(folder, ENDED, {**content, "time": time.time()})
 
 
 def _names(folder: OwnFolder) -> list[str]:
@@ -296,8 +296,3 @@ def _names(folder: OwnFolder) -> list[str]:
         return folder.names()
     except OSError:
         return []
-
-
-def _write(folder: OwnFolder, name: str, content: Mapping[str, Any]) -> None:
-    """Write JSON that only its owner can read, atomically."""
-    folder.write(name, f"{json.dumps(content, indent=2)}\n".encode(), sync=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a run folder and reads its files, for everything but the two processes that hold it (`deploy.run_dir`)."""
+"""Opens a run folder, reads and writes its files; `deploy.run_dir` has what the processes that hold one do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileE
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 DEPLOYMENT, ENDED, LOCK, STOP = "deployment.json", "ended.json", "lock", "stop"
@@ -70,6 +71,15 @@ def read_object(folder: OwnFolder, name: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
+
+
+def write_object(folder: OwnFolder, name: str, content: Mapping[str, Any]) -> None:
+    """Write JSON that only its owner can read, atomically.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    folder.write(name, f"{json.dumps(content, indent=2)}\n".encode(), sync=True)
 
 
 class ServiceAccess(NamedTuple):

@@ -103,6 +103,8 @@ class WorkerSet:
         self._restarts: dict[str, int] = {}
         self._pauses: dict[str, float] = {}
         self._ready: set[str] = set()
+        self.departed: dict[str, float] = {}
+        """Workers that ended with 0 on request and aren't restarted, with the time of their end in seconds since 1970."""
 
     def start(self, environment: Mapping[str, str], services: Mapping[str, str]) -> None:
         """Start all of them.
@@ -188,6 +190,7 @@ class WorkerSet:
             )
             code = ExitCode.TEMPORARY
         if code == ExitCode.OK:
+            self.departed[worker.name] = time.time()
             self._say(f"{worker.name}: ended with 0 on request; it isn't restarted")
             return
         output = step.child.output()

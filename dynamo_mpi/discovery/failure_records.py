@@ -147,7 +147,7 @@ class StoredFailure(NamedTuple):
     def is_followed_by(self, worker: StoredRecord) -> bool:
         """Return whether ``worker`` is a newer start of the one that failed, or replaces it."""
         ours, theirs = self.record, worker.record
-        names = ("namespace", "component", "role", "launch")
+        names = ("namespace", "component", "role", "model", "launch")
         if any(getattr(ours, name) != getattr(theirs, name) for name in names) or self.has_same_name(worker):
             return False
         return theirs.started >= ours.time or (ours.launch is not None and theirs.attempt > ours.attempt)

@@ -65,6 +65,7 @@ class ExpectedWorker:
         nodes: its nodes.
         ranks: number of ranks.
         launch: its launch name in the worker record.
+        departed: when it ended on request, in seconds since 1970: it isn't restarted; None if it hasn't.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ExpectedWorker:
     nodes: tuple[str, ...]
     ranks: int
     launch: str
+    departed: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.status import DeploymentStatus
 
 _NODES = 4
+DEPARTED = "ended on request"
+"""Position of a worker that `launch` doesn't restart."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -110,11 +112,16 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
     """
     expected = [worker for worker in status.deployment.expected if not roles or worker.role in roles]
     if expected:
-        found = (
+        departed = status.departed
+        found = [
             _missing(own.name, [w for w in status.workers if w.record.launch == own.launch], status.time)
             for own in expected
-        )
-        return [item for item in found if item is not None]
+            if own not in departed
+        ]
+        lost = [
+            MissingItem(own.name, DEPARTED) for own in expected if own in departed and own.role in status.lost_roles
+        ]
+        return [item for item in found if item is not None] + lost
     models = models_of(status)
     if not models:
         return [MissingItem(role, "not there") for role in roles] or [MissingItem("workers", "none is there")]

@@ -70,7 +70,22 @@ class DeploymentStatus:
 
     @property
     def missing(self) -> tuple[ExpectedWorker, ...]:
-        """Workers of the deployment that have no record."""
+        """Workers of the deployment that have no record, but those that have departed."""
+        return tuple(worker for worker in self._absent if worker.departed is None)
+
+    @property
+    def departed(self) -> tuple[ExpectedWorker, ...]:
+        """Workers of the deployment that ended on request, and aren't restarted."""
+        return tuple(worker for worker in self._absent if worker.departed is not None)
+
+    @property
+    def lost_roles(self) -> frozenset[str]:
+        """Roles of the deployment whose workers have all departed."""
+        departed = self.departed
+        return frozenset(w.role for w in departed) - {w.role for w in self.deployment.expected if w not in departed}
+
+    @property
+    def _absent(self) -> tuple[ExpectedWorker, ...]:
         there = {worker.record.launch for worker in self.workers}
         return tuple(worker for worker in self.deployment.expected if worker.launch not in there)
 
@@ -86,7 +101,8 @@ class DeploymentStatus:
         ended_well = end is None or end.exit_code == ExitCode.OK
         services = all(service.is_up for service in self.services)
         alive = not self.deployment.launcher_is_dead
-        return ended_well and alive and services and not self.missing and not self.open_failures
+        complete = not self.missing and not self.lost_roles
+        return ended_well and alive and services and complete and not self.open_failures
 
     def name_of(self, worker: StoredRecord | StoredFailure) -> str:
         """Return the deployment's name for a worker, or its role."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.ops.readiness import (
+    DEPARTED,
     format_failure,
     format_nodes,
     format_progress,
@@ -38,7 +39,8 @@ def describe(status: DeploymentStatus, width: int = _LONGEST_LINE) -> str:
         width: the table's maximal width in characters: its widest columns are cut until it fits.
     """
     rows = [_row(status, worker) for worker in status.workers]
-    rows += [_missing_row(worker) for worker in status.missing]
+    rows += [_absent_row(worker, "not there", "-") for worker in status.missing]
+    rows += [_absent_row(w, DEPARTED, format_since(w.departed, status.time)) for w in status.departed]
     lines = _table([_HEADS, *rows], width) if rows else ["no worker is there"]
     lines += _events(status)
     return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
@@ -60,8 +62,8 @@ def _row(status: DeploymentStatus, worker: StoredRecord) -> tuple[str, ...]:
     )
 
 
-def _missing_row(worker: ExpectedWorker) -> tuple[str, ...]:
-    return ("-", worker.name, "-", format_nodes(worker.nodes), "not there", "-", "-", "-", "-", "")
+def _absent_row(worker: ExpectedWorker, phase: str, since: str) -> tuple[str, ...]:
+    return ("-", worker.name, "-", format_nodes(worker.nodes), phase, since, "-", "-", "-", "")
 
 
 def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -123,6 +125,9 @@ def as_json(status: DeploymentStatus) -> dict[str, Any]:
         "run_dir": None if deployment.run_dir is None else str(deployment.run_dir),
         "workers": [_worker(status, worker) for worker in status.workers],
         "missing": [{"name": w.name, "role": w.role, "nodes": list(w.nodes)} for w in status.missing],
+        "departed": [
+            {"name": w.name, "role": w.role, "nodes": list(w.nodes), "time": w.departed} for w in status.departed
+        ],
         "failures": [_failure(status, failure, failure not in still) for failure in status.failures],
         "services": [{"name": s.name, "url": s.url, "up": s.is_up, "note": s.note} for s in status.services],
         "launcher": None

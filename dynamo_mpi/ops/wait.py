@@ -24,6 +24,7 @@ from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.ops.deployment import Deployment, NoRunDirError, find_deployment
 from dynamo_mpi.ops.readiness import (
+    DEPARTED,
     MissingItem,
     format_failure,
     format_seconds,
@@ -106,7 +107,7 @@ class ReadinessWaiter:
         self._began, self._began_at = time.monotonic(), time.time()
         self._end = self._began + request.timeout
         self._known: set[tuple[str, float]] | None = None
-        self._refusals = 0
+        self._refusals, self._was_launched = 0, False
         self._problem: DynamoMpiError | None = None
         self._outcome = WaitResult()
 
@@ -135,6 +136,7 @@ class ReadinessWaiter:
         request, outcome = self._request, self._outcome
         deployment = find_deployment(request.run_dir, self._environ)
         self._require_not_ended(deployment)
+        self._was_launched = self._was_launched or deployment.launch is not None
         self._problem = None
         if deployment.environ is None:
             if deployment.launch is not None:
@@ -161,12 +163,20 @@ class ReadinessWaiter:
         outcome.status, outcome.missing = status, missing_items(status, request.roles)
         if failure := unrecoverable_failure(status, self._new(status), outcome.missing, request.roles):
             raise _failed(status, failure)
+        if lost := [item for item in outcome.missing if item.position == DEPARTED]:
+            raise RetryableError(
+                f"it can't become ready: {', '.join(map(str, lost))}, and launch doesn't restart what ended with 0",
+                expected="a worker of each role",
+                fix="end the deployment (dynamo-mpi down), and start it again",
+            )
         if not outcome.missing:
             outcome.missing = self._ask(status)
         return not outcome.missing
 
     def _require_not_ended(self, deployment: Deployment) -> None:
         end, launch = deployment.end, deployment.launch
+        if self._was_launched and deployment.is_missing:  # `local` removes its folder
+            raise RetryableError(f"the deployment in {deployment.run_dir} has ended", fix="start it again")
         if end is not None:
             is_ours = end.time >= self._began_at
             if is_ours or time.monotonic() > self._began + STALE_SECONDS:

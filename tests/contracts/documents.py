@@ -193,7 +193,7 @@ def local() -> str:
     samples = []
     for role, worlds in (("agg", ("agg",)), ("disagg", ("prefill", "decode"))):
         settings = sources.StackSettings(workers=tuple(sources.WorkerSpec(each, 3) for each in worlds))  # type: ignore[arg-type]
-        stack = sources.Ready("M", 8000, dict.fromkeys(worlds, ready), {"ready": 2.5})
+        stack = sources.Ready("M", 8000, dict.fromkeys(worlds, ready), {"ready": 2.5}, Path("/tmp/run"))
         url = "http://127.0.0.1:8000"
         samples.append(sources.local_success(role, settings, stack, answer, url, {"etcd": [7]}))  # type: ignore[arg-type]
     failed = sources.local_failure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_launch import LaunchCommand
 
@@ -101,6 +103,43 @@ def test_a_deployment_from_before_its_start_to_its_end(tmp_path: Path, model_dir
         launch.assert_nothing_left()
         ending = shown("--run-dir", run_dir)
         assert (ending["ok"], ending["ended"]["exit_code"]) == (True, 0)
+
+
+def test_a_worker_that_ended_on_request_is_not_waited_for(tmp_path: Path, model_dir: Path) -> None:
+    run_dir = str(tmp_path / "run")
+    with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
+        launch.until_said("ready: smollm2. Try:")
+        os.kill(launch.rank("prefill-0"), signal.SIGTERM)
+        launch.until_said("prefill-0: ended with 0 on request; it isn't restarted")
+        code, _, err = ended(begin("wait", "--run-dir", run_dir), 30)
+        assert (code, "prefill-0: ended on request, and launch doesn't restart" in err) == (75, True), err
+        found = shown("--run-dir", run_dir)
+        assert [worker["name"] for worker in found["departed"]] == ["prefill-0"]
+        assert (found["ok"], found["ready"], found["missing"]) == (False, False, [])
+        assert "ended on request" in ended(begin("status", "--run-dir", run_dir))[1]
+        # what is still there is ready by itself
+        assert ended(begin("wait", "--run-dir", run_dir, "--role", "decode"), 30)[0] == 0
+        assert launch.end() == 143, launch.err
+        launch.assert_nothing_left()
+
+
+def test_status_wait_and_down_find_a_local_stack(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "1", "--keep", "--output", "json") as command:
+        run_dir = command.report()["run_dir"]
+        command.until_said("serving until")
+        assert f"dynamo-mpi down {run_dir}" in command.err
+        found = shown("--run-dir", run_dir)
+        assert (found["ok"], found["ready"], [worker["name"] for worker in found["workers"]]) == (
+            True,
+            True,
+            ["worker"],
+        )
+        assert ended(begin("wait", "--run-dir", run_dir), 30)[0] == 0
+        code, _, err = ended(begin("down", run_dir), 60)
+        assert (code, command.wait(10)) == (0, 0), err + command.err
+        assert "asked to stop" in command.err
+        command.assert_nothing_left()
+    assert ended(begin("status", "--run-dir", run_dir))[0] == 64
 
 
 def test_a_worker_that_fails_gives_the_wait_its_exit_code(tmp_path: Path, model_dir: Path) -> None:

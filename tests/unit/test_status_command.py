@@ -124,6 +124,7 @@ def test_a_failure_of_nobody_knows_which_rank(board: Board, run: Run) -> None:
         ({"launch": "x"}, {"launch": "x", "started": time.time() - 500}, False),
         ({"launch": "x"}, {"launch": "x", "started": time.time() - 500, "attempt": 2}, True),
         ({}, {"role": "agg"}, False),
+        ({"model": "another"}, {}, False),
     ],
 )
 def test_a_newer_start_follows_a_failure(

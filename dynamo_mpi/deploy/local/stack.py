@@ -25,6 +25,7 @@ from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
 from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
+from dynamo_mpi.deploy.local.run_folder import LocalRunFolder
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec, prepare_model
 from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment, local_services
 from dynamo_mpi.deploy.service_stack import ServiceStack
@@ -73,12 +74,14 @@ class Ready:
         port: the frontend's.
         workers: the ready files' contents, by role, in the order of the settings' workers.
         seconds: since the start, by milestone.
+        run_dir: the run folder, for `status`, `wait` and `down`.
     """
 
     model: str
     port: int
     workers: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    run_dir: Path
 
 
 class LocalStack(ServiceStack):
@@ -97,6 +100,7 @@ class LocalStack(ServiceStack):
         super().__init__(folder, interrupts, say, settings.timeout_seconds)
         self._settings = settings
         self.rank_logs = folder / "ranks"
+        self._run_folder = LocalRunFolder(folder, settings.workers)
         self._workers: dict[str, MpirunWorker] = {}
 
     def start(self) -> Ready:
@@ -135,6 +139,7 @@ class LocalStack(ServiceStack):
             variables,
         )
         model, name = prepare_model(self._settings.model, self._folder / "model")
+        self._run_folder.describe(name)
         self.mark("model", f"model {name}")
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
         plane = self._settings.request_plane
@@ -149,11 +154,12 @@ class LocalStack(ServiceStack):
         for spec in self._settings.workers:
             self._start_worker(spec, mpirun, model, name, discovery, variables)
         frontend = self.wait_ready(starting_frontend)
+        self._run_folder.publish(frontend.url, discovery)
         workers = self._await_workers()
         while name not in frontend.models():
             self.wait(frontend.name, f"it does not list {name}")
         self.seconds["ready"] = self.age
-        return Ready(name, frontend.port, workers, self.seconds)
+        return Ready(name, frontend.port, workers, self.seconds, self._folder)
 
     def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
         """Send one question to the model. Until the first answer the frontend may report that it has no worker.
@@ -196,6 +202,10 @@ class LocalStack(ServiceStack):
         stop(workers, WORKER_STOP_SECONDS, self._interrupts, signals_before)
         super().stop()
 
+    def check(self) -> None:
+        self._run_folder.check()
+        super().check()
+
     def draw(self) -> None:
         """Write the timeline of the start, if requested, after the workers have ended.
 
@@ -230,6 +240,7 @@ class LocalStack(ServiceStack):
             scratch=self._scratch,
             discovery=discovery,
             timeline=self._folder / f"{spec.name}.html" if self._settings.timeline else None,
+            launch=self._run_folder.launch_name(spec),
         )
         worker.rank_logs.mkdir(parents=True)
         self._workers[spec.name] = worker

@@ -19,6 +19,7 @@ from dynamo_mpi.common.errors import ModelNotFoundError, UsageError
 from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.subprocess import with_pdeathsig
+from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 
 
 def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
@@ -119,6 +120,7 @@ class MpirunWorker:
     scratch: Path
     discovery: Mapping[str, str]
     timeline: Path | None = None
+    launch: str = ""
 
     @property
     def name(self) -> str:
@@ -139,6 +141,7 @@ class MpirunWorker:
         own = {
             "PYTHONUNBUFFERED": "1",
             "DYN_SELF_HOST_METADATA": "0",  # the frontend reads the model's files by their path
+            LAUNCH_VARIABLE: self.launch,
         }
         return {**self.discovery, **own, **mpi_environment(self.scratch, root=os.geteuid() == 0)}
 
