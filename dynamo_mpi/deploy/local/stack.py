@@ -143,10 +143,8 @@ class LocalStack(ServiceStack):
         self.mark("model", f"model {name}")
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
         plane = self._settings.request_plane
-        discovery = {
-            **self.write_services(local_services(etcd, nats, plane, credentials)),
-            **discovery_environment(plane),
-        }
+        clients = local_services(etcd, nats, plane, credentials)
+        discovery = {**self.write_services(clients), **discovery_environment(plane)}
 
         starting_frontend = self.start_service(
             lambda port: Frontend(port, discovery, self._scratch), loopback_ports(http_port), variables
@@ -154,7 +152,7 @@ class LocalStack(ServiceStack):
         for spec in self._settings.workers:
             self._start_worker(spec, mpirun, model, name, discovery, variables)
         frontend = self.wait_ready(starting_frontend)
-        self._run_folder.publish(frontend.url, discovery)
+        self._run_folder.publish(frontend.url, clients)
         workers = self._await_workers()
         while name not in frontend.models():
             self.wait(frontend.name, f"it does not list {name}")
