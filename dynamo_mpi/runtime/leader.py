@@ -196,6 +196,8 @@ class LeaderRank:
                 self._world, evaluation_input, supervisor, os.environ, strict=settings.probe_strict
             )
             self._phases.mark_local_done()
+            if self._hooks.status is not None:
+                self._hooks.status.hardware = tuple(finding.severity for finding in report.findings)
             if (error := report.error) is not None:
                 supervisor.report_orderly_failure(error)
                 self._release_ranks(error.exit_code)

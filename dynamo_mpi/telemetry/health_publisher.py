@@ -37,6 +37,7 @@ class WorldStatus(WorkerHook):
     Attributes:
         facts: facts about the worker.
         severities: severities of the preflight's findings.
+        hardware: severities of the hardware checks' findings.
         tracker: the ranks' progress, once they are watched.
     """
 
@@ -44,6 +45,7 @@ class WorldStatus(WorkerHook):
         self._phases, self._host = context.phases, context.log.host
         self.facts = facts_of(settings, os.environ)
         self.severities: Sequence[Severity] = ()
+        self.hardware: Sequence[Severity] = ()
         self.tracker: ProgressTracker | None = None
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
@@ -107,6 +109,7 @@ class WorldStatus(WorkerHook):
             self._failures,
             self._exit_code,
             self._in_flight,
+            self.hardware,
         )
         return metrics_of_world(numbers)
 

@@ -108,6 +108,7 @@ class WorldNumbers(NamedTuple):
         failures: failures of this world.
         exit_code: its exit code; None if it has not ended.
         in_flight: number of requests in flight; None if it isn't known.
+        hardware: severities of the hardware checks' findings.
     """
 
     ranks: Sequence[RankTimings]
@@ -116,11 +117,12 @@ class WorldNumbers(NamedTuple):
     failures: Sequence[Failure] = ()
     exit_code: int | None = None
     in_flight: int | None = None
+    hardware: Sequence[Severity] = ()
 
 
 def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
     """Return the metrics. Their number doesn't depend on the number of ranks."""
-    found = Counter(numbers.severities)
+    found, of_hardware = Counter(numbers.severities), Counter(numbers.hardware)
     failed = Counter(failure.cause for failure in numbers.failures)
     ended = () if numbers.exit_code is None else (Sample(numbers.exit_code),)
     return (
@@ -143,6 +145,12 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
             "counter",
             "Findings of the preflight.",
             tuple(Sample(found[severity], {"severity": severity.value}) for severity in Severity),
+        ),
+        Metric(
+            "dynamo_mpi_hardware_findings_total",
+            "counter",
+            "Findings of the hardware checks.",
+            tuple(Sample(of_hardware[severity], {"severity": severity.value}) for severity in Severity),
         ),
         Metric(
             "dynamo_mpi_failures_total",

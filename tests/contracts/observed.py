@@ -43,7 +43,9 @@ def metrics() -> str:
     ranks = [sources.RankTimings(rank, f"n{rank}", 1000.0, own) for rank, own in enumerate(spans)]
     failures = [sources.Failure(1, 70, "it broke", sources.DetectedBy.DISCONNECT)]
     severities = [sources.Severity.WARNING]
-    numbers = sources.WorldNumbers(ranks, _PROGRESS, severities, failures, exit_code=70, in_flight=3)
+    numbers = sources.WorldNumbers(
+        ranks, _PROGRESS, severities, failures, exit_code=70, in_flight=3, hardware=severities
+    )
     of_ranks = sources.render_metrics(sources.metrics_of_world(numbers))
     text = sources.metrics_of(state._replace(metrics=of_ranks), ready=False)
     return text.replace(sources.VERSION, "VERSION")
