@@ -113,7 +113,7 @@ def debian_openmpi() -> MpiFlavour | Unavailable:
 def debian_openmpi_major() -> int:
     """Return the major version of Debian's Open MPI: 4 in Debian 12, 5 in Debian 13."""
     done = subprocess.run(["/usr/bin/mpirun.openmpi", "--version"], capture_output=True, text=True, check=True)
-    found = re.search(r"\(Open MPI\) (\d+)\.", done.stdout)
+    found = re.search(r"\((?:OpenRTE|Open MPI)\) (\d+)\.", done.stdout)
     assert found, done.stdout
     return int(found[1])
 

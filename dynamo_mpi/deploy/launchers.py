@@ -54,6 +54,7 @@ _SRUN_INPUT = (
 )
 # srun waits for the rest of a step when its first rank exits; ours all exit together
 _WAIT_SECONDS = 60
+GDS_VARIABLE = "PMIX_MCA_gds"
 # a rank of the KV check that can't reach rank 0 ends by itself before
 _CHECK_WAIT_SECONDS = 20
 
@@ -142,6 +143,9 @@ class Srun:
         names: Iterable[str],
     ) -> Command:
         given = {**environment, "PYTHON": self.source.python}
+        if self.container is not None and GDS_VARIABLE not in self.container.variables:
+            # PMIx 5's server hands job data out by files in Slurm's TmpFS, by default /tmp; but a container has a /tmp of its own
+            given[GDS_VARIABLE] = "hash"
         step = self._step_name(name)
         common = (f"--jobid={self.nodes.job_id}", f"--job-name={step}", "--label", "--export=ALL")
         variables = dict.fromkeys((*names, *given, *self.forwarded))

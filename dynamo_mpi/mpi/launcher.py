@@ -39,6 +39,10 @@ class Launcher(Enum):
     ALONE = "no launcher"
 
 
+MPICH_LAUNCHERS = (Launcher.HYDRA, Launcher.SLURM_PMI2)
+"""Those of MPICH, which doesn't remove the shared memory of ranks that were killed, or aborted."""
+
+
 class LaunchInfo(NamedTuple):
     """One rank's launch. A value that the launcher doesn't set is None.
 

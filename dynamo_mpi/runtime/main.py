@@ -23,6 +23,7 @@ from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.mpi.launcher import (
+    MPICH_LAUNCHERS,
     Launcher,
     LaunchInfo,
     check_launch,
@@ -110,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise endpoint
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
             world = init_mpi(alone=alone, local_size=launch.local_size)
-            if launch.launcher is Launcher.HYDRA and launch.size > 1:
+            if launch.launcher in MPICH_LAUNCHERS and launch.size > 1:
                 from dynamo_mpi.supervisor.leftovers import segments_of
 
-                # at once: mpiexec doesn't remove the segments of a rank that it kills
+                # at once: neither mpiexec nor srun removes the segments of a rank that it kills
                 client.send(f"segments {' '.join(segments_of(os.getpid()))}")
             check_world_size(launch, library, world.size)
             if launch.local_size is not None and launch.local_size < world.size:

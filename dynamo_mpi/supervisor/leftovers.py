@@ -86,19 +86,62 @@ def _holds(folder: str, link: str) -> bool:
 
 
 _FOLDER = "/dev/shm/"  # noqa: S108 - not a temporary file: MPI's shared memory
-# MPICH's; Open MPI 5's and 4's
-_PREFIXES = ("mpich_shm_", "sm_segment.", "vader_segment.")
+# of ranks under MPICH, whose transport may be UCX
+_MPICH_PREFIXES = ("mpich_shm_", "ucx_shm_posix_")
+# Open MPI 5's and 4's
+_PREFIXES = (*_MPICH_PREFIXES, "sm_segment.", "vader_segment.")
 
 
 def segments_of(pid: int) -> frozenset[str]:
     """Return the MPI shared memory files that a process has mapped. Does not raise."""
+    mapped = _mapped_files(f"/proc/{pid}", _FOLDER)
+    return frozenset(path for path in mapped if path.removeprefix(_FOLDER).startswith(_PREFIXES))
+
+
+def unused_segments(since: float) -> frozenset[str]:
+    """Return MPICH's shared memory files of this user that no visible process uses any more. Does not raise.
+
+    Args:
+        since: only those made after this time, in seconds since 1970.
+    """
     found = set()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(_FOLDER):
+            with contextlib.suppress(OSError):
+                status = os.lstat(_FOLDER + name)
+                if name.startswith(_MPICH_PREFIXES) and status.st_uid == os.getuid() and status.st_ctime >= since:
+                    found.add(_FOLDER + name)
+    return frozenset(found - paths_in_use(_FOLDER)) if found else frozenset()
+
+
+def paths_in_use(folder: str) -> set[str]:
+    """Return the files in the folder that visible processes have mapped or open. Does not raise."""
+    start = folder.rstrip("/") + "/"
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdecimal():
+                found |= _mapped_files(f"/proc/{name}", start)
+                with contextlib.suppress(OSError):  # another user's, or it has ended
+                    for one in os.listdir(f"/proc/{name}/fd"):
+                        with contextlib.suppress(OSError):
+                            found.add(os.readlink(f"/proc/{name}/fd/{one}"))
+    return {path for path in found if path.startswith(start)}
+
+
+def _mapped_files(process: str, start: str) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError), open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
-            _, slash, name = line.rstrip("\n").partition(_FOLDER)
-            if slash and name.startswith(_PREFIXES):
-                found.add(_FOLDER + name)
-    return frozenset(found)
+            if (path := mapped_path(line)).startswith(start):
+                found.add(path)
+    return found
+
+
+def mapped_path(line: str) -> str:
+    """Return the file of a line of ``/proc/PID/maps``; empty if there is none."""
+    fields = line.rstrip("\n").split(maxsplit=5)
+    return fields[5] if len(fields) == 6 else ""
 
 
 def remove_segments(paths: frozenset[str]) -> None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
-from dynamo_mpi.mpi.launcher import Launcher
+from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_died
-from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of
+from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of, unused_segments
 from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -81,7 +81,7 @@ class NodeAgent:
         self._exiting: set[LocalRank] = set()
         self._exit_deadline = 0.0
         self._segments: frozenset[str] = frozenset()
-        self._started_at = time.monotonic()
+        self._lost_ranks, self._began, self._started_at = False, time.time(), time.monotonic()
         self._decide_at = self._kill_at = self._stop_at = self._reported_at = math.inf
         self._observer, self._first = observer, self._add_rank(first)
         if listener is not None:
@@ -109,6 +109,9 @@ class NodeAgent:
         # usually the launcher removes them; while a rank runs, they are in use
         if not self._ranks:
             remove_segments(self._segments)
+            if self._launch.launcher in MPICH_LAUNCHERS and self._lost_ranks:
+                # of ranks that were killed in MPI_Init, before it was known what they had made
+                remove_segments(unused_segments(self._began))
         if self._observer is not None:
             self._observer.on_exit()
         self._writer.finish()
@@ -238,7 +241,7 @@ class NodeAgent:
         else:
             self._on_exit(local, frozenset({local.pid}))
         if not local.detached:
-            self._segments |= local.segments
+            self._lost_ranks, self._segments = True, self._segments | local.segments
         if local.rank == 0:
             self._watch.on_rank0_exit(in_order=local.detached)
         if self._watch.history.was_ended_by_launcher(local.rank):
@@ -274,7 +277,7 @@ class NodeAgent:
         if self._observer is not None and self._first.detached:
             # it exits in order, and answers nothing any more; its exit has a time limit of its own
             self._observer.on_message("")
-        if self._launch.launcher is Launcher.HYDRA:
+        if self._launch.launcher in MPICH_LAUNCHERS:
             for local in self._ranks:
                 if local.phase == "mpi_init":
                     # a rank that is killed in MPI_Init can't report them itself

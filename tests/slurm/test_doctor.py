@@ -16,7 +16,7 @@ from .session import SlurmSession
 from .stack import OUR_MODULES
 
 pytestmark = pytest.mark.slurm
-DOCTOR = (sys.executable, "-m", "dynamo_mpi.cli.main", "doctor", "--only=mpi,slurm", "--output=json")
+DOCTOR = (sys.executable, "-m", "dynamo_mpi.cli.main", "doctor", "--only=mpi,slurm", "--timeout=60", "--output=json")
 
 
 def checks_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
@@ -43,19 +43,16 @@ def test_inside_a_rank_and_on_the_login_node(slurm: SlurmSession) -> None:
     # without the plugin such a task of Open MPI 4 can't even start alone
     bare = slurm.srun("-n1", *DOCTOR, env=environment)
     assert bare.returncode == (64 if debian_openmpi_major() == 4 else 0)
-    assert ("without an MPI plugin" in bare.stdout) == (debian_openmpi_major() == 4)
+    assert "without an MPI plugin" in bare.stdout
 
 
 @pytest.mark.full
 def test_in_a_container_whose_root_is_read_only(slurm: SlurmSession) -> None:
     image = slurm.image("plain.sqsh")
     words = ("--mpi=pmix", "-n1", "--nodelist=n2", f"--container-image={image}", *DOCTOR)
-    environment = {**OUR_MODULES, **slurm.debian_openmpi_env}
-    assert checks_of(slurm.srun(*words, env=environment))["tmpfs"]["status"] == "ok"
-    # images have no scontrol
-    without = slurm.srun("--container-env=PATH", *words, env={**environment, "PATH": "/nowhere"})
-    tmpfs = checks_of(without)["tmpfs"]
-    assert (tmpfs["status"], "the root file system is read-only" in tmpfs["found"]) == ("skipped", True), tmpfs
+    tmpfs = checks_of(slurm.srun(*words, env={**OUR_MODULES, **slurm.debian_openmpi_env}))["tmpfs"]
+    # there is no Slurm to ask
+    assert (tmpfs["status"], "root file system is read-only" in tmpfs["found"]) == ("skipped", True), tmpfs
 
 
 @pytest.mark.full

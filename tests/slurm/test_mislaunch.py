@@ -301,7 +301,13 @@ def test_an_etcd_that_keeps_silent_is_given_up(slurm: SlurmSession, model: Path)
         ("debian", ("srun", "--mpi=pmix", *THREE_NODES), TP_3, r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)"),
         ("debian", ("srun", "--mpi=pmix", KILL, *THREE_NODES), TP_3, r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)"),
         ("mpich", ("srun", "--mpi=pmi2", *THREE_NODES), TP_3, r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)"),
-        ("debian", ("salloc", *THREE_NODES, "mpirun"), TP_3, r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)"),
+        # mpirun of Open MPI 5 would take the CPUs of the first node for slots
+        (
+            "debian",
+            ("salloc", *THREE_NODES, "mpirun", "--map-by", "ppr:1:node"),
+            TP_3,
+            r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)",
+        ),
         ("mpich", ("salloc", *THREE_NODES, "mpirun"), TP_3, r"tp 3, 3 ranks on 3 nodes \(n1 … n3\)"),
         ("debian", ("srun", "--mpi=pmix", "--nodelist=n4", "-n1"), (), r"tp 1, 1 ranks? on n4"),
         ("mpich", ("srun", "--mpi=pmi2", "--nodelist=n4", "-n1"), (), r"tp 1, 1 ranks? on n4"),

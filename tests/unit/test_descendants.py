@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process has started is found by its mark or its connection, whoever its parent is, and nothing else is ended."""
+"""What a process has started is found by its mark or its connection, whoever its parent is, and nothing else is ended; MPICH's leftovers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from dynamo_mpi.supervisor.leftovers import MARK_VARIABLE, end_descendants
+from dynamo_mpi.supervisor.leftovers import MARK_VARIABLE, end_descendants, unused_segments
 
 
 def test_marked_processes_end_wherever_they_stand() -> None:
@@ -54,3 +56,20 @@ def test_a_helper_that_ends_by_itself_is_given_a_moment() -> None:
 
 def test_without_mark_and_connection_nothing_ends() -> None:
     assert end_descendants("", 0) == []
+
+
+def test_shared_memory_of_mpich_that_no_process_uses_is_found() -> None:
+    before = time.time()
+    # the kernel's clock for files is a tick behind
+    since = before - 0.1
+    names = [f"/dev/shm/{prefix}{os.getpid()}" for prefix in ("mpich_shm_", "ucx_shm_posix_", "other_")]
+    try:
+        for name in names:
+            Path(name).touch()
+        assert set(names) & unused_segments(since) == set(names[:2])
+        with Path(names[0]).open():
+            assert set(names) & unused_segments(since) == {names[1]}
+        assert not set(names) & unused_segments(before + 60)
+    finally:
+        for name in names:
+            Path(name).unlink()

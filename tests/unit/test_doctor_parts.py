@@ -27,14 +27,13 @@ from dynamo_mpi.ops.doctor.host_facts import (
     CgroupLimits,
     Segment,
     cpu_share,
-    mapped_path,
     own_groups,
     own_segments,
-    paths_in_use,
     read_limits,
     unused,
 )
 from dynamo_mpi.ops.doctor.mpi import loaded_libraries
+from dynamo_mpi.supervisor.leftovers import mapped_path, paths_in_use
 from tests.conftest import ROOT
 
 GIB = 2**30

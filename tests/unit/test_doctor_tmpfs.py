@@ -17,6 +17,8 @@ CONFIG = "Configuration data as of 2026-11-30\nTaskPlugin              = task/no
 @pytest.mark.parametrize("folder", ["/tmp", "/local/%n/tmp", "/scratch"])
 def test_tmpfs_is_read_from_slurms_configuration(folder: str) -> None:
     assert read_tmpfs(CONFIG.format(folder)) == folder
+    assert read_tmpfs(CONFIG.format(folder) + "PMIxCliTmpDirBase       = (null)\n") == folder
+    assert read_tmpfs(CONFIG.format(folder) + "PMIxCliTmpDirBase       = /pmix\n") == "/pmix"
     assert read_tmpfs("slurm_load_ctl_conf error") == ""
 
 
@@ -49,7 +51,7 @@ def test_a_folder_that_containers_lack_is_warned_of(folder: str, variables: dict
     ],
 )
 def test_in_a_rank_the_folder_itself_counts(folder: str, writable: bool, read_only: bool, status: Status) -> None:
-    check = judge_in_rank(folder, writable, read_only)
+    check = judge_in_rank(folder, writable, read_only, "no scontrol")
     assert check.status is status
     assert bool(check.fix) == (read_only and not writable)
 

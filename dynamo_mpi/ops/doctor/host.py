@@ -18,7 +18,8 @@ from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.common.process import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error_or_warning, of_finding, ok, warning
-from dynamo_mpi.ops.doctor.host_facts import CgroupLimits, Segment, own_segments, paths_in_use, read_limits, unused
+from dynamo_mpi.ops.doctor.host_facts import CgroupLimits, Segment, own_segments, read_limits, unused
+from dynamo_mpi.supervisor.leftovers import paths_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -124,35 +124,6 @@ def unused(segments: Iterable[Segment], in_use: set[str]) -> list[Segment]:
     return sorted(left, key=lambda one: -one.size)
 
 
-def paths_in_use(folder: str) -> set[str]:
-    """Return the files in the folder that visible processes have mapped or open."""
-    start = folder.rstrip("/") + "/"
-    found: set[str] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            with (process / "maps").open(encoding="utf-8", errors="surrogateescape") as maps:
-                found.update(path for line in maps if (path := mapped_path(line)).startswith(start))
-            found.update(
-                path for one in os.listdir(process / "fd") if (path := _target(process / "fd" / one)).startswith(start)
-            )
-        except OSError:
-            continue  # another user's, or it has ended
-    return found
-
-
-def mapped_path(line: str) -> str:
-    """Return the file of a line of ``/proc/PID/maps``; empty if there is none."""
-    fields = line.rstrip("\n").split(maxsplit=5)
-    return fields[5] if len(fields) == 6 else ""
-
-
-def _target(link: Path) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""
-
-
 def _files(folder: str) -> Iterable[str]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor's check of Slurm's TmpFS. MPI keeps the session of a step with ``--mpi=pmix`` there, whatever TMPDIR is, and MPI_Init fails where it
-can't: in a container of enroot's, whose root is read-only, anywhere but in a mount."""
+"""Doctor's check of Slurm's TmpFS. MPI keeps the session of a step with ``--mpi=pmix`` there (or in mpi.conf's PMIxCliTmpDirBase), whatever
+TMPDIR is, and MPI_Init fails where it can't: in a container of enroot's, whose root is read-only, anywhere but in a mount."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # file systems of each container's own, which enroot mounts
 _PRIVATE = ("/tmp", "/run", "/var/run", "/var/lock", "/dev/shm")  # noqa: S108 - nothing is written there
+_BASE = re.compile(r"^PMIxCliTmpDirBase\s*= *(?!\(null\))(\S+)", re.MULTILINE)
 _TMPFS = re.compile(r"^TmpFS\s*= *(\S+)", re.MULTILINE)
 _NEEDED = (
     "a folder that can be written: with --mpi=pmix MPI keeps its session in Slurm's TmpFS, and MPI_Init fails otherwise"
@@ -28,18 +29,19 @@ def check_tmpfs(context: Context) -> Iterator[Check]:
     path = find("scontrol", context.environ)
     output = run([path, "show", "config"], context.environ, context.left()) if path is not None else None
     folder = read_tmpfs(output.text) if output is not None else ""
+    why = "scontrol isn't on PATH" if output is None else output.problem or "scontrol show config doesn't name it"
     if context.in_rank:
         if context.launch.launcher is Launcher.SLURM_PMIX:
             node = context.environ.get("SLURMD_NODENAME", "")
             place = folder.replace("%n", node).replace("%h", os.uname().nodename.partition(".")[0])
-            yield judge_in_rank(place, can_make(place), is_root_read_only())
+            yield judge_in_rank(place, can_make(place), is_root_read_only(), why)
     elif folder and context.environ.get("IMAGE"):
         yield judge_for_image(folder, context.environ)
 
 
 def read_tmpfs(text: str) -> str:
-    """Read TmpFS from ``scontrol show config``; empty if it isn't there."""
-    match = _TMPFS.search(text)
+    """Read TmpFS, or what is set in its place, from ``scontrol show config``; empty if neither is there."""
+    match = _BASE.search(text) or _TMPFS.search(text)
     return match[1] if match else ""
 
 
@@ -55,22 +57,22 @@ def is_root_read_only() -> bool:
     return bool(os.statvfs("/").f_flag & os.ST_RDONLY)
 
 
-def judge_in_rank(folder: str, writable: bool, read_only: bool) -> Check:
+def judge_in_rank(folder: str, writable: bool, read_only: bool, why: str) -> Check:
     """Evaluate the folder in a rank.
 
     Args:
         folder: TmpFS here; empty if it isn't known.
         writable: whether it can be written or made.
         read_only: whether the root file system is read-only.
+        why: why it isn't known.
     """
     if not folder:
+        unknown = f"Slurm's TmpFS isn't known here ({why}); the root file system is "
         if not read_only:
-            return skipped(
-                "tmpfs", "Slurm's TmpFS isn't known here: scontrol isn't on PATH; the root file system is writable"
-            )
+            return skipped("tmpfs", f"{unknown}writable")
         return skipped(
             "tmpfs",
-            "Slurm's TmpFS isn't known here: scontrol isn't on PATH, and the root file system is read-only",
+            f"{unknown}read-only",
             "on the host: scontrol show config | grep TmpFS; if that isn't in /tmp, mount it or --container-writable",
         )
     if writable:
