@@ -7,7 +7,7 @@ of different clusters may have the same number. Layout and names: ``nvmlGpuFabri
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dynamo_mpi.common.light_typing import Any, NamedTuple
 
 NOT_SUPPORTED, NOT_STARTED, IN_PROGRESS, COMPLETED = range(4)
 _STATES = {NOT_STARTED: "not started", IN_PROGRESS: "in progress", COMPLETED: "completed"}

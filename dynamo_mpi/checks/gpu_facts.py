@@ -11,9 +11,9 @@ Inside a cgroup or a container NVML may show only some of the GPUs. The others a
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.gpu_fabric import GpuFabric, read_fabric
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

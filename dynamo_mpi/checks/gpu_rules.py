@@ -16,11 +16,11 @@ only.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks import gpu_visibility as visibility_rules
 from dynamo_mpi.checks.gpu_visibility import agree
 from dynamo_mpi.checks.rank_facts import by_host, groups, lines, on_hosts, where
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.layout.gpus import GPUS

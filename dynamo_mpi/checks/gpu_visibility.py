@@ -12,9 +12,8 @@ The engine assigns GPU ``rank % device_count()``. If each node has as many ranks
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.checks.rank_facts import by_host, lines, on_hosts, where
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import counted, listed
 

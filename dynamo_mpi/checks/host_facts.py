@@ -8,7 +8,9 @@ packages, a shared file system would be overloaded.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.common.distributions import installed_versions
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -172,10 +174,13 @@ def _variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _versions() -> Iterable[tuple[str, str]]:
+    found = installed_versions(PACKAGES)
+    # a checkout on PYTHONPATH has no metadata
+    if "tensorrt_llm" not in found and _can_be_imported("tensorrt_llm"):
+        found["tensorrt_llm"] = UNKNOWN_VERSION
     for package in PACKAGES:
-        # a checkout on PYTHONPATH has no metadata
-        if version := version_of(package, "tensorrt_llm" if package == "tensorrt_llm" else ""):
-            yield package, version
+        if package in found:
+            yield package, found[package] or UNKNOWN_VERSION
 
 
 def version_of(package: str, module: str = "") -> str | None:
@@ -185,13 +190,10 @@ def version_of(package: str, module: str = "") -> str | None:
         package: the distribution.
         module: the module that it provides; if that can be imported but has no metadata, the version is `UNKNOWN_VERSION`.
     """
-    from importlib import metadata
-
-    try:
-        return metadata.version(package) or UNKNOWN_VERSION
-    # KeyError: a distribution without a version
-    except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
+    version = installed_versions([package]).get(package)
+    if version is None:
         return UNKNOWN_VERSION if module and _can_be_imported(module) else None
+    return version or UNKNOWN_VERSION
 
 
 def _can_be_imported(package: str) -> bool:

@@ -17,11 +17,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.checks import gpu_rules
 from dynamo_mpi.checks.host_facts import PACKAGES
 from dynamo_mpi.checks.rank_facts import Requirements, by_host, groups, lines, on_hosts, where
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import counted, gib, listed
 

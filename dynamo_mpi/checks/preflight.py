@@ -6,15 +6,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.hardware import memory_is_awaited
 from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, weight_files
 from dynamo_mpi.checks.rank_rules import check_ranks
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
+from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.finding import Finding, Severity, errors, render

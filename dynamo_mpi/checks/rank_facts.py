@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.mpi.placement import describe_ranks
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.mpi.placement import describe_ranks, hosts, spans
 

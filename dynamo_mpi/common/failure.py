@@ -6,9 +6,9 @@ from __future__ import annotations
 import signal
 import traceback
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.os_errors import is_folder_gone, of_os_error
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ used here: no inheritance of fields, no class that can change. The standard libr
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable

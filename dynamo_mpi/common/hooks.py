@@ -10,8 +10,8 @@ import threading
 import time
 from functools import partial
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.common.waiting import start_thread
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TYPE_CHECKING` and `NamedTuple` without the module ``typing``, for the modules that every rank imports before the preflight's result.
+"""Names of ``typing`` without that module, for what a rank imports before the preflight's result.
 
 Importing ``typing``, and its compilation of each annotation, would add a tenth to the CPU time of a rank that only starts MPI. For a type
-checker these names are those of ``typing``; at run time `NamedTuple` makes the same classes, without a check of the annotations.
+checker these names are those of ``typing``; at run time `NamedTuple` makes the same classes, without a check of the annotations, and the
+others have no meaning.
 """
 
 from __future__ import annotations
@@ -10,9 +11,18 @@ from __future__ import annotations
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from typing import NamedTuple
+    from typing import Any, NamedTuple, Protocol, TypeVar
 else:
     from collections import namedtuple
+
+    Any = object
+
+    class Protocol:
+        """A base class without meaning at run time."""
+
+    def TypeVar(name: str, **_: object) -> str:
+        """Return a name in place of a type variable."""
+        return name
 
     class _NamedTupleType(type):
         def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, object]) -> type:
@@ -26,4 +36,4 @@ else:
 
     NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
-__all__ = ["TYPE_CHECKING", "NamedTuple"]
+__all__ = ["TYPE_CHECKING", "Any", "NamedTuple", "Protocol", "TypeVar"]

@@ -9,9 +9,9 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.display import without_controls
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
 from dynamo_mpi.common.own_files import OwnFolder, open_own, reason
 from dynamo_mpi.common.redact import process_redactor

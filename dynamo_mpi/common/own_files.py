@@ -19,9 +19,9 @@ import errno
 import functools
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

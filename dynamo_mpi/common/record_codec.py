@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from dataclasses import Field
+
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
@@ -27,6 +28,9 @@ _NAMES = {"str": "a text", "int": "an integer", "float": "a number", "bool": "tr
 
 def write_object(record: DataclassInstance, schema: int) -> bytes:
     """Encode a record as the JSON object that `parse_object` and `read_fields` read."""
+    # here and below: with `common.frozen`, rank 0 has no need of it before the preflight's result
+    from dataclasses import asdict
+
     return json.dumps({"schema": schema, **asdict(record)}, separators=(",", ":")).encode()
 
 
@@ -63,6 +67,8 @@ def read_fields(
     Raises:
         ValueError: ``data`` is not an object, or a required field is missing or invalid.
     """
+    from dataclasses import MISSING, fields
+
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} is not an object")
     tolerant, values = problems is not None, dict(given)
@@ -122,6 +128,8 @@ def _text(name: str, text: str, tolerant: bool) -> str:
 
 
 def _fallback(field: Field[Any]) -> object:
+    from dataclasses import MISSING
+
     if field.default is not MISSING:
         return field.default
     return None if str(field.type).endswith("| None") else _ZEROS[str(field.type)]

@@ -8,7 +8,8 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
+
+from dynamo_mpi.common.light_typing import NamedTuple
 
 _WORKER = b"dynamo_mpi.worker"
 # an older record has only the time after Python's start; imports from a slow file system may come before it, nothing after it

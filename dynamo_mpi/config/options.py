@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
-
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.config.sources import SETTINGS_FILE, pick
 from dynamo_mpi.layout.engine_config import MAX_RANKS
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+    from typing import NoReturn
 
 
 MAX_RUNTIME_PORT = 2**15 - 1

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

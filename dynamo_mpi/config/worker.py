@@ -8,15 +8,14 @@ and sends the other ranks what they need.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
+from dynamo_mpi.common.frozen import dataclass, field, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.phases import FORMER_PHASES
 from dynamo_mpi.config.engine import ROLE, engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve, usage_parser
@@ -212,6 +211,8 @@ def _known(sources: WorkerSources) -> dict[str, Any]:
     known = {option.name for option in OPTIONS}
     named = {_FORMER_NAMES.get(name, name): value for name, value in sources.file.items()}
     if unknown := sorted(set(named) - known):
+        from difflib import get_close_matches
+
         meant = [f"{name} in place of {key}" for key in unknown for name in get_close_matches(key[:60], known, n=1)]
         raise ConfigFileError(
             f"the settings file {sources.file_name} has unknown settings: {', '.join(unknown)}",

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
-
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from dynamo_mpi.common.record_codec import parse_object, read_fields, write_object
 from dynamo_mpi.layout.contract import Contract
 

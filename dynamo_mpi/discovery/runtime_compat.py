@@ -9,10 +9,10 @@ empty variable counts as set. Pure, but for `runtime_version`.
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.distributions import installed_versions
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
@@ -31,10 +31,7 @@ TOKENS_END = (
 
 def runtime_version() -> tuple[int, ...] | None:
     """Return the version of Dynamo's runtime that is installed here; None if that isn't known."""
-    try:
-        found = re.match(r"(\d+)\.(\d+)", version("ai-dynamo-runtime"))
-    except PackageNotFoundError:
-        return None
+    found = re.match(r"(\d+)\.(\d+)", installed_versions(["ai-dynamo-runtime"]).get("ai-dynamo-runtime", ""))
     return (int(found[1]), int(found[2])) if found else None
 
 

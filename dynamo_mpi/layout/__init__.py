@@ -28,7 +28,7 @@ Results
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, ModelNotFoundError, UsageError

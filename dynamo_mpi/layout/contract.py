@@ -7,9 +7,8 @@ timeout, a hang or wrong text. Here each side has a `Contract`, plain data that 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.kv_cache import resolve_kv_dtype, tokens_per_block
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version

@@ -5,8 +5,8 @@ the reference engine."""
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, NVFP4, NVFP4_BLOCK
 
 if TYPE_CHECKING:

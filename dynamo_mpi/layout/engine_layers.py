@@ -7,11 +7,10 @@ finding (H14).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from dynamo_mpi.common.config_reader import parse_json, parse_yaml
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
 from dynamo_mpi.layout.engine_reader import EngineReader
 from dynamo_mpi.layout.finding import Finding, Severity

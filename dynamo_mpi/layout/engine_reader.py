@@ -4,10 +4,9 @@ refused here."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from dynamo_mpi.common.coerce import as_bool, as_float, as_int
 from dynamo_mpi.common.config_reader import LARGEST, MAX_SIZE, ConfigReader
+from dynamo_mpi.common.light_typing import Any
 
 ANY = -MAX_SIZE
 """The lowest minimum: a number that the engine doesn't bound."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.key_conflicts import read_conflict
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from dynamo_mpi.layout.value_spec import ValueSpec, parse_spec

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_keys import engine_keys
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 

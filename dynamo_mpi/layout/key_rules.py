@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_keys import engine_keys
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.key_lookup import KeyLookup, release

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 from math import ceil
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import DEFAULT_TOKENS_PER_BLOCK
 from dynamo_mpi.layout.layer_weights import HEAVILY_COMPRESSED, dtype_bytes
 from dynamo_mpi.layout.model_shape import Mixer

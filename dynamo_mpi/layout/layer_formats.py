@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.model_shape import Feed, Layer, LayerFormats, Mixer
 
 if TYPE_CHECKING:

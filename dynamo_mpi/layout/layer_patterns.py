@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from dynamo_mpi.common.config_reader import MAX_SIZE
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.attention_patterns import attention_sizes, attention_windows, layer_flags, layer_names
 from dynamo_mpi.layout.model_shape import AttentionSizes, Feed, Layer, Mixer
 

@@ -7,9 +7,9 @@ Only large matrices count; norms and biases are less than one per cent of any mo
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.divisibility import common_split, dense_block, splits_dense_by_gcd
 from dynamo_mpi.layout.model_shape import Feed, Mixer
 

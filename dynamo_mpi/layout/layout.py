@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.frozen import dataclass, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import ParallelSizes
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.gpus import GPUS

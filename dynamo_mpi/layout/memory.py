@@ -7,9 +7,8 @@ of some GiB per GPU, so a layout that just fits by estimate may fail, and the ot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from dynamo_mpi.common.frozen import dataclass, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.engine_config import DEFAULT_FREE_GPU_MEMORY_FRACTION
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block

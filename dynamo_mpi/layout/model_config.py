@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.config_reader import ConfigReader, parse_json
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
 from dynamo_mpi.layout.layer_formats import mtp_format, with_formats
 from dynamo_mpi.layout.layer_patterns import count_layers, read_layers

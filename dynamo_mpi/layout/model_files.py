@@ -8,11 +8,11 @@ import errno
 import os
 import re
 import stat
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.layout.model_config import parse_model_shape
 

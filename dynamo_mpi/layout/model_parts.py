@@ -7,8 +7,7 @@ sizes as below. One that lacks a size is not counted, and named.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.model_shape import CompressedAttention, Encoder, Experts, LatentAttention, StateSpace
 
 if TYPE_CHECKING:

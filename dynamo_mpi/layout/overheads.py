@@ -9,9 +9,9 @@ engine makes for them. Activations, workspaces and memory outside torch are rule
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.engine_config import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_NUM_TOKENS
 from dynamo_mpi.layout.kv_cache import kv_bytes
 from dynamo_mpi.layout.layer_weights import dtype_bytes

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.frozen import dataclass, replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.finding import Finding, errors
 from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate, missing_values

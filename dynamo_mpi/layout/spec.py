@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.frozen import dataclass, field
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import PYTORCH
 from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass, field
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import re
@@ -100,12 +100,11 @@ def installed_trtllm_version() -> TrtllmVersion | None:
     """
     if all(finder.find_spec("tensorrt_llm", None) is None for finder in sys.meta_path):
         return None  # without reading metadata, which takes longer on a login node than all the rules
-    from importlib import metadata
+    from dynamo_mpi.common.distributions import installed_versions
 
     try:
-        return parse_trtllm_version(metadata.version("tensorrt-llm") or "")
-    # KeyError: a distribution without a version
-    except (metadata.PackageNotFoundError, KeyError, UsageError):
+        return parse_trtllm_version(installed_versions(["tensorrt-llm"]).get("tensorrt-llm", ""))
+    except UsageError:
         return None
 
 

@@ -7,8 +7,8 @@ Nothing here is stricter than the engine's own validation. A version between two
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_values import engine_values
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.key_lookup import KeyLookup, release

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.layer_weights import Elements, Part, Split, bytes_of, elements_of, end_parts, layer_parts
 from dynamo_mpi.layout.model_shape import Feed, Mixer
 from dynamo_mpi.layout.quantisation import MIXED_PRECISION

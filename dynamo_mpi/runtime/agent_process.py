@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.credentials import held, hold
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.supervisor.agent_socket import Agent, agent_addresses, listen_for_ranks, remove_address, warn
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.engines.spec import EngineSpec
 
 if TYPE_CHECKING:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.hardware import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
 from dynamo_mpi.checks.preflight import check_frontend_can_load, evaluate, load_inputs
@@ -15,7 +13,9 @@ from dynamo_mpi.checks.rank_report import RankReport, collect_rank_report
 from dynamo_mpi.common.credentials import clients_environ, held, load_services
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_error
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.hooks import WorldFailure
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.waiting import run_suppressed

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.credentials import clients_environ
+from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.common.hooks import WorkerHooks
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, invalid_reason
 from dynamo_mpi.runtime.worker_record import ReadyFile, remove_ready_file
 from dynamo_mpi.supervisor.leases import OwnedLeases
@@ -147,6 +147,8 @@ class LeaderHooks(WorkerHooks):
         Raises:
             UsageError: the credentials for NATS can't be used.
         """
+        from dataclasses import asdict
+
         from dynamo_mpi.discovery.failure_records import FailureRecordStore, WorkerIdentity
         from dynamo_mpi.discovery.lifecycle_events import events_of
         from dynamo_mpi.discovery.record_publisher import RecordPublisher

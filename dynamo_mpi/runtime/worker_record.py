@@ -7,10 +7,10 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.own_files import reason, remove_own, write_own
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.worker_process import process_start

@@ -12,11 +12,11 @@ import contextlib
 import json
 import os
 import threading
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.credentials import clients_environ, load_services
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+
+from dynamo_mpi.common.light_typing import NamedTuple
 
 SERVING_SECONDS = 60.0
 """The default heartbeat timeout: longer than anything that holds the GIL while serving."""

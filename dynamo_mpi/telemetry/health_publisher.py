@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.launcher import restart_count

@@ -6,9 +6,8 @@ The rank sends each value as a word and a text.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from dynamo_mpi import __version__
+from dynamo_mpi.common.light_typing import Any, NamedTuple
 from dynamo_mpi.common.phases import PHASES
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry.metrics import Metric, Sample, render

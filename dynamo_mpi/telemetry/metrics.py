@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.layout.finding import Severity
 
 if TYPE_CHECKING:

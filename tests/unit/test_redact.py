@@ -167,7 +167,7 @@ def test_a_known_value_never_comes_through(before: str, value: str, after: str) 
 _NAMED_VALUES = st.text(st.characters(categories=["Lu", "Ll", "Nd"], codec="ascii"), min_size=3)
 
 
-@given(_NAMED_VALUES.filter(lambda value: not NO_SECRET.fullmatch(value)))
+@given(_NAMED_VALUES.filter(lambda value: not NO_SECRET.compiled.fullmatch(value)))
 def test_a_named_value_never_comes_through(value: str) -> None:
     for form in ("db_password={}", '"password": "{}"', "apiKey: {}", "--secret={}", "http://me:{}@host/"):
         assert redact(form.format(value)) == form.format(MASK) or form.startswith("http")
@@ -214,10 +214,10 @@ def test_a_long_url_takes_no_longer() -> None:
 
 
 def require_quick(text: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     redact(text)
     # quadratic time would be minutes
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
 
 
 def test_secret_values_are_found_by_their_names() -> None:

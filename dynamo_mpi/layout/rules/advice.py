@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.divisibility import legal_tp_sizes, workable_tp_sizes
 from dynamo_mpi.layout.format import listed
 

@@ -6,9 +6,8 @@ Nothing is said where the kind of GPU isn't known. A format that NVIDIA's matrix
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.coerce import as_bool
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.gpus import (

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_values import engine_values
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import listed

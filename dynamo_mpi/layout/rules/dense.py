@@ -6,9 +6,8 @@ Under attention DP dense MLPs and shared experts are held whole by each rank (``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.divisibility import common_split, dense_block, kv_heads_fit, splits_dense_by_gcd
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.divisibility import divisors
 from dynamo_mpi.layout.engine_config import DEFAULT_MAX_NUM_TOKENS
 from dynamo_mpi.layout.finding import error, info, warning

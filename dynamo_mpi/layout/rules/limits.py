@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import (
     DEFAULT_FREE_GPU_MEMORY_FRACTION,
     DEFAULT_MAX_BATCH_SIZE,

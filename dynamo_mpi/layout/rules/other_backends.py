@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.coerce import as_bool, as_int
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import AUTODEPLOY
 from dynamo_mpi.layout.finding import error, info, warning
 

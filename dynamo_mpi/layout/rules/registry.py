@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.key_rules import check_keys
 from dynamo_mpi.layout.rules import (
     architecture,

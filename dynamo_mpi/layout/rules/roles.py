@@ -4,8 +4,7 @@ missing setting only at the first request."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, warning
 
 if TYPE_CHECKING:
