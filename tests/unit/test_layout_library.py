@@ -53,9 +53,9 @@ def test_every_name_of_the_library_is_there() -> None:
 
 
 def test_importing_layout_imports_nothing_of_it() -> None:
-    code = "import sys, dynamo_mpi.layout; print([n for n in sys.modules if n.startswith('dynamo_mpi.')])"
+    code = "import sys, dynamo_mpi.layout; print([n for n in sys.modules if n.startswith('dynamo_mpi.layout.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['dynamo_mpi.layout']"
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_engine_config_is_a_path_a_mapping_or_layers(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dynamo_mpi.supervisor.stacks import describe_stacks, dump_stacks
 def test_the_innermost_frames_of_every_thread_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     # earlier tests of this process may have left some
     monkeypatch.setattr(stacks_module, "_THREADS", 1000)
+    monkeypatch.setattr(stacks_module, "activity", str)
     release = threading.Event()
 
     def stuck_in_a_collective(started: threading.Event) -> None:
