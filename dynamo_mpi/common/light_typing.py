@@ -11,7 +11,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from typing import Any, NamedTuple, Protocol, TypeVar
+    from typing import Any, NamedTuple, Protocol, TypeVar, cast
 else:
     from collections import namedtuple
 
@@ -19,6 +19,10 @@ else:
 
     class Protocol:
         """A base class without meaning at run time."""
+
+    def cast(_: object, value: object) -> object:
+        """Return ``value``."""
+        return value
 
     def TypeVar(name: str, **_: object) -> str:
         """Return a name in place of a type variable."""
@@ -36,4 +40,4 @@ else:
 
     NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
-__all__ = ["TYPE_CHECKING", "Any", "NamedTuple", "Protocol", "TypeVar"]
+__all__ = ["TYPE_CHECKING", "Any", "NamedTuple", "Protocol", "TypeVar", "cast"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path

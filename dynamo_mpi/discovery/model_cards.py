@@ -8,10 +8,10 @@ and sends it requests that were made by the first one's template and limits all 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.runtime.follower import CONTINUE
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,9 +15,9 @@ import selectors
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import MAX_BODY, Frame, FrameType, WireError

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Any, Protocol
+
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import selectors

@@ -13,10 +13,10 @@ import json
 import math
 import socket
 import time
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import (
     History,

@@ -7,8 +7,8 @@ import queue
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log_record import Level
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed, start_thread

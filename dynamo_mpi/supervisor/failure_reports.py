@@ -9,9 +9,9 @@ import errno
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError, RetryableError, UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.mpi.launcher import restart_count

@@ -18,14 +18,15 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping
+    from typing import NoReturn
 
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.common.phases import PhaseTracker

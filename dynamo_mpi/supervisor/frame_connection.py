@@ -8,8 +8,8 @@ import fcntl
 import socket
 import sys
 import termios
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.supervisor.heartbeat_protocol import FrameDecoder
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import selectors
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.process import hard_exit_after
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, encode_observed
@@ -45,6 +45,7 @@ from dynamo_mpi.supervisor.stacks import dump_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import NoReturn
 
     from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.common.log import RankLogger

@@ -19,9 +19,9 @@ from __future__ import annotations
 import hmac
 import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.process import SHUTDOWN_SIGNALS
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import queue
 import selectors
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, host_lost, never_connected, rank_died
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (

@@ -7,9 +7,9 @@ import math
 import secrets
 import selectors
 import time
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.admission import Admission
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     NONCE_BYTES,

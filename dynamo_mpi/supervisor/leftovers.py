@@ -11,7 +11,8 @@ import contextlib
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ import signal
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple, Protocol
 from dynamo_mpi.supervisor.stacks import describe_stacks
 
 if TYPE_CHECKING:

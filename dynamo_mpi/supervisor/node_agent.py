@@ -14,10 +14,10 @@ import selectors
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, cast
 from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours

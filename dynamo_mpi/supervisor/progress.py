@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.phases import PHASES, PROCESS_START, PhaseProgress, RankTimings, Span
 from dynamo_mpi.supervisor.heartbeat_protocol import WireError
 

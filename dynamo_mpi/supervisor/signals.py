@@ -14,8 +14,8 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.process import DRAIN_SIGNALS, SHUTDOWN_SIGNALS
 from dynamo_mpi.mpi.launcher import Launcher
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.process import activity, format_frames
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.common.errors import ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import (
@@ -27,6 +26,7 @@ from dynamo_mpi.common.failure import (
 )
 from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.ports import LOOPBACK, is_free
 from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
 from dynamo_mpi.common.redact import process_redactor
@@ -43,6 +43,7 @@ from dynamo_mpi.supervisor.stacks import describe_stacks, dump_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import NoReturn
 
     from dynamo_mpi.mpi.placement import HasHost
     from dynamo_mpi.supervisor.context import RankContext

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.redact import safe_first_line
 from dynamo_mpi.common.waiting import start_thread
 from dynamo_mpi.supervisor.rendezvous import Rendezvous

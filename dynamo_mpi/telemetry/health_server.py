@@ -14,8 +14,8 @@ import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, Protocol, cast
 from dynamo_mpi.telemetry.health_state import Answer, health, live, metrics_of
 from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
 from dynamo_mpi.telemetry.request_listener import CLIENT_SECONDS, RequestListener

@@ -13,8 +13,8 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.mpi.launcher import restart_count
 from dynamo_mpi.supervisor.agent_socket import warn
 from dynamo_mpi.telemetry.health_state import HealthState, note

@@ -12,9 +12,9 @@ import select
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.admission import Admission
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_mpi.common.errors import ConfigFileError, LayoutError
+from dynamo_mpi.common.frozen import dataclass
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_KV_BLOCK = 32
