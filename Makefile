@@ -4,12 +4,12 @@
 BIN := .venv/bin
 SHELL_FILES := $(shell git ls-files "*.sh" .ci)
 
-.PHONY: help check types fast docs format test test-slurm bench wheel
+.PHONY: help check types fast docs pages site format test test-slurm bench wheel
 
 help:
 	@echo "make check       lint, format, strict types, shell scripts"
 	@echo "make fast        make check, and the pure tests on all cores: under two minutes"
-	@echo "make docs        write the pages of docs/ that come from the code"
+	@echo "make docs        write the pages that come from the code (make pages), and the site of all pages into build/site (make site)"
 	@echo "make format      rewrite files in the project's format"
 	@echo "make test        all tests but those on a real Slurm or several hosts"
 	@echo "make test-slurm  those on a real Slurm and on several hosts (root on Debian: installs packages)"
@@ -30,8 +30,15 @@ types:
 fast: check
 	$(BIN)/python -m pytest --stage fast -n logical --dist worksteal tests/unit tests/scripts
 
-docs:
+docs: pages site
+
+pages:
 	$(BIN)/python -m tools.gen_docs
+
+site:
+	$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m tools.build_site build/site
+	@echo "build/site/index.html"
 
 format:
 	$(BIN)/ruff check --fix .
