@@ -34,6 +34,7 @@ _UNSUPPORTED_OUTPUT: dict[str, tuple[object, ...]] = {
     "logprobs": (None,),
     "prompt_logprobs": (None,),
 }
+_LONGEST_VALUE = 80
 _UNSUPPORTED_INPUT = ("multi_modal_data", "prompt_embeds")
 
 
@@ -49,7 +50,7 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
     for options, unsupported in ((sampling, _UNSUPPORTED_SAMPLING), (output, _UNSUPPORTED_OUTPUT)):
         for key, neutral in unsupported.items():
             if options.get(key) not in neutral:
-                raise RequestError(f"{key}={options[key]!r} is not supported by this engine; leave it out")
+                raise RequestError(f"{key}={_short(options[key])} is not supported by this engine; leave it out")
     for key in _UNSUPPORTED_INPUT:
         if request.get(key):
             raise RequestError(f"{key} is not supported by this engine; send text alone")
@@ -64,6 +65,12 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
         stop_token_ids=frozenset(stop_ids),
         sampling=_sampling(sampling),
     )
+
+
+def _short(value: object) -> str:
+    """Return a value for a message: ``guided_decoding`` may hold a whole JSON Schema, for instance of ``tool_choice: required``."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def for_role(generation: GenerationRequest, request: Mapping[str, Any], role: str) -> GenerationRequest:
