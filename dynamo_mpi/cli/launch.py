@@ -207,7 +207,8 @@ def _show(
         print(
             f"# not in an allocation: {', '.join(nodes.names[:2])} … and {STAND_IN_JOB} stand for its nodes and its id\n"
         )
-    commands = [] if settings.skip_check else [("the layouts, before anything starts", builder.check())]
+    joint = builder.checks_in_services
+    commands = [] if settings.skip_check or joint else [("the layouts, before anything starts", builder.check())]
     if needs_kv_check(settings, workers):
         commands.append(
             (
@@ -215,7 +216,8 @@ def _show(
                 builder.kv_check(workers),
             )
         )
-    commands.append((f"until {path}/services.json is there", builder.services()))
+    first = "the check, before anything starts; then " if joint else ""
+    commands.append((f"{first}until {path}/services.json is there", builder.services()))
     commands += [("with what services.json gives, all at once", builder.worker(worker)) for worker in workers]
     write_out("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
 

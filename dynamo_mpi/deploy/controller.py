@@ -16,12 +16,14 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.common.waiting import ReminderSchedule
+from dynamo_mpi.deploy.check_results import require_check, require_container, require_kv_check
+from dynamo_mpi.deploy.head_node import CHECKED
 from dynamo_mpi.deploy.launchers import without_srun_input
 from dynamo_mpi.deploy.services import StepFailed, curl_line, listed_models
-from dynamo_mpi.deploy.step_commands import KV_CHECK, Command, needs_kv_check, nodes_of, report_of_kv_check
+from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, nodes_of
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones
-from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet, require_container
+from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
@@ -139,45 +141,46 @@ class DeploymentController:
         return ExitCode.OK
 
     def _check(self) -> None:
-        code, words = self._run_to_end(self._builder.check())
-        require_container("check", words)
-        if code:
-            raise StepFailed(
-                f"the check refused the deployment with exit code {code}; nothing was launched", status=code, log=words
-            )
+        in_services = self._builder.checks_in_services
+        code, words = self._check_in_services() if in_services else self._run_to_end(self._builder.check())
+        require_check(code, words)
         self._say("check: passed")
 
     def _check_kv(self) -> None:
         code, words = self._run_to_end(self._builder.kv_check(self._workers))
-        require_container(KV_CHECK, words, nodes_of(self._workers, "prefill", "decode"))
-        report = report_of_kv_check(words)
-        # if Slurm has killed a rank that hung, the step's code is that of the kill
-        code = min(code, ExitCode.TEMPORARY) if report else code
-        if code and self._settings.kv_check == "warn":
-            self._say(f"warning: the KV check ended with exit code {code}; the workers start all the same")
-        elif code:
-            raise StepFailed(
-                f"the KV check refused the deployment with exit code {code}; nothing was launched"
-                + (f"\n{report}" if report else ""),
-                status=code,
-                log="" if report else words,
-                fix="" if report else "read the log; --kv-check off skips the check",
-            )
+        is_needed = self._settings.kv_check != "warn"
+        if warning := require_kv_check(code, words, nodes_of(self._workers, "prefill", "decode"), is_needed=is_needed):
+            self._say(warning)
 
     def _run_to_end(self, command: Command) -> tuple[int, str]:
         """Run a step that ends by itself; return its exit code, and the end of its output."""
         step = self._start(command)
-        reminders = ReminderSchedule(*REMINDER_SECONDS)
-        while (code := step.child.exit_code()) is None:
-            if seconds := reminders.due():
-                self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
-            self._pause()
+        code = self._wait_for_exit(step) or ExitCode.OK
         self._others.pop(step.name)
         return code, step.last_words(200)
 
+    def _wait_for_exit(self, step: Step, is_through: Callable[[], bool] = lambda: False) -> int | None:
+        """Wait until a step ends, or is through with its first part; return its exit code, if it ended."""
+        reminders = ReminderSchedule(*REMINDER_SECONDS)
+        while (code := step.child.exit_code()) is None and not is_through():
+            if seconds := reminders.due():
+                self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
+            self._pause()
+        return code
+
+    def _check_in_services(self) -> tuple[int, str]:
+        """Start the services' step, and wait until its check is through; return the check's exit code, and the end of its output."""
+        self._services = step = self._start(self._builder.services())
+        code = self._wait_for_exit(step, lambda: CHECKED in step.last_words(200))
+        if code is None or CHECKED in (words := step.last_words(200)):
+            return ExitCode.OK, ""
+        self._services = None
+        self._others.pop(step.name)
+        return code or ExitCode.UNAVAILABLE, words
+
     def _start_services(self) -> dict[str, str]:
         """Start the services; return their addresses and credentials, as variables."""
-        self._services = step = self._start(self._builder.services())
+        self._services = step = self._services or self._start(self._builder.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         reminders = ReminderSchedule(*REMINDER_SECONDS)
         while (access := self._run_dir.services()) is None:
@@ -318,7 +321,8 @@ class DeploymentController:
         """Return everything that this deployment may run."""
         workers = [self._builder.worker(worker) for worker in self._workers]
         kv_check = [self._builder.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
-        return [self._builder.check(), *kv_check, self._builder.services(), *workers]
+        check = [] if self._builder.checks_in_services else [self._builder.check()]
+        return [*check, *kv_check, self._builder.services(), *workers]
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""

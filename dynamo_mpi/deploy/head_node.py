@@ -10,18 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import without_controls
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError, of_signal
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.os_errors import exhausted, of_os_error
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holder, is_free
 from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.signals import Interrupted, Interrupts
+from dynamo_mpi.common.subprocess import with_pdeathsig
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.certificates import Credentials
 from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, Settings, load_settings
@@ -221,6 +223,8 @@ def services(url: str | None, job_id: str | None, environment: Mapping[str, str]
 
 
 PREFIX = "dynamo-mpi-services-"
+CHECKED = "head node: check: passed"
+"""The line after which the services start; `launch` waits for it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,6 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     settings = load_settings(argv, os.environ)
+    if settings.check:
+        if code := _run_check(settings.check):
+            return code
+        _say(CHECKED.partition(": ")[2])
     ready = False
     try:
         with (
@@ -272,6 +280,13 @@ def _run(argv: list[str]) -> int:
     except Interrupted as end:
         return ExitCode.OK if ready else end.exit_code
     return ExitCode.OK  # pragma: no cover - the services are watched until something is raised
+
+
+def _run_check(flags: Sequence[str]) -> int:
+    """Run `dynamo-mpi check`, whose output is ours; return its exit code."""
+    command = [sys.executable, "-m", "dynamo_mpi", "check", *flags]
+    code = subprocess.run(with_pdeathsig(command, parent=os.getpid()), stdin=subprocess.DEVNULL, check=False).returncode
+    return code if code >= 0 else of_signal(-code)
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,7 @@ from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text, usage_parser
 from dynamo_mpi.config.sources import to_seconds
+from dynamo_mpi.deploy.settings import to_words
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -98,6 +99,15 @@ OPTIONS: tuple[Option, ...] = (
         to_seconds,
         "seconds until all of them answer",
     ),
+    Option(
+        "check",
+        ("--check",),
+        (),
+        (),
+        to_words,
+        "flags of dynamo-mpi check, as one word: it runs first, and if it refuses, nothing starts, and its exit code is this one's. "
+        "launch does so with an image, which each step unpacks",
+    ),
 )
 
 
@@ -132,6 +142,7 @@ class Settings:
         frontend: whether to start the frontend.
         frontend_arguments: additional arguments of its command line.
         start_timeout: time limit in seconds until all answer.
+        check: the flags of `dynamo-mpi check`, to be run first; empty for none.
         job_id: Slurm's job id; None outside of a job.
     """
 
@@ -146,6 +157,7 @@ class Settings:
     frontend: bool
     frontend_arguments: tuple[str, ...]
     start_timeout: float
+    check: tuple[str, ...]
     job_id: str | None
 
 
@@ -204,6 +216,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         frontend=not values["no_frontend"],
         frontend_arguments=rest,
         start_timeout=values["start_timeout"],
+        check=values["check"],
         job_id=environ.get("SLURM_JOB_ID") or None,
     )
 

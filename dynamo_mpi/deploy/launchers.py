@@ -13,6 +13,7 @@ from dynamo_mpi.deploy.step_commands import (
     STEP_PREFIX,
     CodeLocation,
     Command,
+    check_flags,
     check_words,
     kv_check_words,
     nodes_of,
@@ -103,8 +104,15 @@ class Srun:
         return _on_nodes(command, nodes)
 
     def services(self) -> Command:
-        """etcd, NATS and the frontend."""
-        return self._on_head("services", services_words(self.source, self.run_dir), {})
+        """etcd, NATS and the frontend; before them, in a container, the check."""
+        flags = check_flags(self.settings) if self.checks_in_services else ()
+        environment = worker_environment(self.settings) if flags else {}
+        return self._on_head("services", services_words(self.source, self.run_dir, flags), environment)
+
+    @property
+    def checks_in_services(self) -> bool:
+        """Whether the step of the services runs the check first: each step unpacks its image."""
+        return self.container is not None and not self.settings.skip_check
 
     def worker(self, worker: Worker) -> Command:
         """One worker, with a rank for each GPU."""
@@ -143,7 +151,8 @@ class Srun:
         names: Iterable[str],
     ) -> Command:
         given = {**environment, "PYTHON": self.source.python}
-        if self.container is not None and GDS_VARIABLE not in self.container.variables:
+        starts_mpi = any(option.startswith("--mpi=pmix") for option in options)
+        if self.container is not None and starts_mpi and GDS_VARIABLE not in self.container.variables:
             # PMIx 5's server hands job data out by files in Slurm's TmpFS, by default /tmp; but a container has a /tmp of its own
             given[GDS_VARIABLE] = "hash"
         step = self._step_name(name)
@@ -213,6 +222,11 @@ class Mpirun:
         placed = self._placed(nodes_of(workers, "prefill", "decode"), 1, {*environment, *self.forwarded})
         lines = (*placed, kv_check_words(self.settings, self.source, workers))
         return Command(KV_CHECK, KV_CHECK, lines, environment)
+
+    @property
+    def checks_in_services(self) -> bool:
+        """Never: there is no container."""
+        return False
 
     def services(self) -> Command:
         """etcd, NATS and the frontend."""

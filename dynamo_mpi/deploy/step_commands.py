@@ -112,9 +112,10 @@ def worker_environment(settings: LaunchSettings) -> dict[str, str]:
     return {name: value for name, value in shared.items() if value is not None}
 
 
-def services_words(source: CodeLocation, run_dir: str) -> tuple[str, ...]:
-    """Return the command line of the services."""
-    return (*source.entry("start_frontend_services.sh"), "--run-dir", run_dir)
+def services_words(source: CodeLocation, run_dir: str, check: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the command line of the services; ``check`` has flags of ``dynamo-mpi check``, which then runs first."""
+    first = ("--check", shlex.join(check)) if check else ()
+    return (*source.entry("start_frontend_services.sh"), "--run-dir", run_dir, *first)
 
 
 def ready_file(run_dir: str, worker: Worker) -> str:
@@ -142,7 +143,12 @@ def worker_words(settings: LaunchSettings, source: CodeLocation, worker: Worker,
 
 def check_words(settings: LaunchSettings, source: CodeLocation) -> tuple[str, ...]:
     """Return the command line of ``dynamo-mpi check`` for the worker, or for the pair."""
-    words = [*source.entry("dynamo-mpi.sh"), "check"]
+    return (*source.entry("dynamo-mpi.sh"), "check", *check_flags(settings))
+
+
+def check_flags(settings: LaunchSettings) -> tuple[str, ...]:
+    """Return the check's flags."""
+    words: list[str] = []
     for role in settings.worker_roles:
         flag = "" if role == "agg" else f"{role}-"
         config, nodes, _ = settings.of(role)

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.deploy.check_results import require_container
 from dynamo_mpi.deploy.first_death import first_death
-from dynamo_mpi.deploy.pyxis import pyxis_failure
 from dynamo_mpi.deploy.reports import (
     MISTAKES,
     Beginning,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # rank 0's last log line in an orderly end
 GOODBYE = "exit: done"
-_LOG_CHARACTERS = 4000
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
@@ -47,26 +46,11 @@ def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     return files
 
 
-def require_container(name: str, output: str, nodes: Sequence[str] = (), ranks_per_node: int = 1) -> None:
-    """Check that a step which has ended had its container: another start would end the same way.
-
-    Args:
-        name: the step's name.
-        output: its output.
-        nodes: its nodes, if there are several.
-        ranks_per_node: its ranks on each.
-
-    Raises:
-        StepFailed: Pyxis could not start it.
-    """
-    if failure := pyxis_failure(output):
-        found, needed, fix = failure.describe(name, nodes, ranks_per_node)
-        raise StepFailed(found, status=failure.code, log=output[-_LOG_CHARACTERS:], expected=needed, fix=fix)
-
-
 class CommandBuilder(Protocol):
     """Builds the command of each step."""
 
+    @property
+    def checks_in_services(self) -> bool: ...
     def check(self) -> Command: ...
     def kv_check(self, workers: Sequence[Worker]) -> Command: ...
     def services(self) -> Command: ...

@@ -193,7 +193,7 @@ def local() -> str:
     samples = []
     for role, worlds in (("agg", ("agg",)), ("disagg", ("prefill", "decode"))):
         settings = sources.StackSettings(workers=tuple(sources.WorkerSpec(each, 3) for each in worlds))  # type: ignore[arg-type]
-        stack = sources.Ready("M", 8000, dict.fromkeys(worlds, ready), {"ready": 2.5}, Path("/tmp/run"))
+        stack = sources.Ready("M", 8000, dict.fromkeys(worlds, ready), {"ready": 2.5}, Path("/run/stack"))
         url = "http://127.0.0.1:8000"
         samples.append(sources.local_success(role, settings, stack, answer, url, {"etcd": [7]}))  # type: ignore[arg-type]
     failed = sources.local_failure(
@@ -267,6 +267,8 @@ def failure_file() -> str:
 
 class _Steps:
     """The steps of a deployment that ends with its first one."""
+
+    checks_in_services = False
 
     def check(self) -> sources.Command:
         return sources.Command("check", "check", (("false",),))

@@ -167,7 +167,7 @@ def test_launch_by_mpirun_runs_it_before_anything_else(four: Hosts, tmp_path: Pa
     done = four.run("h1", [str(word) for word in program], {**mpi_environment(), **own}, timeout=60)
     assert done.returncode == 75, done.stderr
     assert (
-        "dynamo-mpi launch: the KV check refused the deployment with exit code 75; nothing was launched" in done.stderr
+        "dynamo-mpi launch: the KV check refused the deployment with exit code 75; no worker was started" in done.stderr
     )
     assert "decode host h2 <- prefill host h1 over " in done.stderr
     assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"kv-check.log"}

@@ -96,3 +96,5 @@ def test_help_names_the_variables(script: str) -> None:
     read = set(re.findall(r"^export ([A-Z_]+)=", path.read_text(), re.MULTILINE)) - {"PYTHONPATH"}
     assert shlex.split(done.stdout, comments=False, posix=False)
     assert read <= set(re.findall(r"[A-Z_]+", done.stdout)), done.stdout
+    # Pyxis takes nothing else for a file
+    assert all(image.startswith("/") for image in re.findall(r"IMAGE=(\S+\.sqsh)", done.stdout))

@@ -298,7 +298,9 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Laun
     assert deployment.wait() == 78, deployment.text()
     assert "error I1" in deployment.text()
     assert "nothing was launched" in deployment.text()
-    assert not (deployment.run_dir / "logs" / "services.log").exists()
+    # by the step that would have started the services
+    assert not (deployment.run_dir / "services.json").exists()
+    assert not (deployment.run_dir / "services").exists()
 
 
 @pytest.mark.full

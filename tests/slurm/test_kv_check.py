@@ -70,7 +70,7 @@ def test_a_pair_that_is_cut_refuses_the_start(
             said = deployment.text()
             print(said)
     assert code == 75, said
-    assert "the KV check refused the deployment with exit code 75; nothing was launched\n1 error" in said
+    assert "the KV check refused the deployment with exit code 75; no worker was started\n1 error" in said
     assert "decode host n3 <- prefill host n2 over tcp: not done in 4 s" in said
     assert "services on" not in said
     assert deployment.left() == []

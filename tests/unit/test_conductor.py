@@ -38,6 +38,7 @@ from tests.unit.worlds import world
 
 pytestmark = pytest.mark.slow
 
+RECORDED = Path(__file__).resolve().parent.parent / "data" / "pyxis"
 PREFILL, DECODE = (Worker(f"{role}-0", role, "e.yaml", ("n",), 1) for role in ("prefill", "decode"))
 WAIT = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
 SERVE = f"echo '{{}}' > \"$READY\"; {WAIT}"
@@ -55,6 +56,7 @@ class Steps:
     )
     prefill: str = SERVE
     decode: str = SERVE
+    checks_in_services: bool = False
 
     def command(self, name: str, script: str) -> Command:
         ready = self.folder / "ready" / f"{name}.json"
@@ -71,6 +73,7 @@ class Rendered:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self.worker = steps.worker
+        self.checks_in_services = steps.checks_in_services
 
     def check(self) -> Command:
         return self._steps.command("check", self._steps.check)
@@ -107,6 +110,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
         max_restarts: int = 0,
         workers: Sequence[Worker] = (PREFILL, DECODE),
         changes: Mapping[str, str] = NONE,
+        in_services: bool = False,
         **scripts: str,
     ) -> tuple[int, str]:
         said: list[str] = []
@@ -123,7 +127,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
                 conductor = DeploymentController(
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
                     workers,
-                    Rendered(Steps(folder, **scripts)),
+                    Rendered(Steps(folder, checks_in_services=in_services, **scripts)),
                     MpirunStepController(),
                     LaunchContext(run_dir, interrupts, say),
                 )
@@ -169,10 +173,34 @@ def test_a_check_that_refuses_is_the_end(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "logs" / "services.log").exists()
 
 
+CHECKED = "echo 'head node: check: passed'"
+
+
+def test_in_a_container_the_services_step_runs_the_check(run: Run, tmp_path: Path) -> None:
+    first = f"touch {tmp_path}/started; sleep 0.3; {CHECKED}; {Steps.services}"
+    code, said = run(READY, raise_signal(signal.SIGTERM), in_services=True, check="exit 78", services=first)
+    assert (code, said.index("check: passed") < said.index("services on h")) == (143, True)
+    assert not (tmp_path / "run" / "logs" / "check.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("services", "code", "says"),
+    [
+        ("echo error B1; exit 78", 78, "the check refused the deployment with exit code 78; nothing was launched"),
+        ("exit 0", 69, "the check refused the deployment with exit code 69; nothing was launched"),
+        (f"{CHECKED}; exit 64", 64, "the services ended with exit code 64"),
+        (f"cat {RECORDED}/image_missing.txt; exit 1", 66, "check: Pyxis didn't start the container"),
+    ],
+)
+def test_a_services_step_that_ends_in_or_after_its_check(run: Run, services: str, code: int, says: str) -> None:
+    ended, said = run(in_services=True, services=services)
+    assert (ended, says in said) == (code, True), said
+
+
 @pytest.mark.parametrize(
     ("kv_check", "code", "said"),
     [
-        ("on", 75, "the KV check refused the deployment with exit code 75; nothing was launched"),
+        ("on", 75, "the KV check refused the deployment with exit code 75; no worker was started"),
         ("warn", 0, "warning: the KV check ended with exit code 75; the workers start all the same"),
         ("off", 0, READY),
     ],
@@ -249,9 +277,6 @@ def test_where_the_time_is_too_short_from_the_start_it_is_only_told(run: Run, mo
 def test_a_mistake_is_not_tried_again(run: Run, code: int) -> None:
     ended, said = run(max_restarts=2, prefill=f"exit {code}")
     assert (ended, "start 2" in said) == (code, False)
-
-
-RECORDED = Path(__file__).resolve().parent.parent / "data" / "pyxis"
 
 
 @pytest.mark.parametrize("step", ["check", "services", "prefill"])

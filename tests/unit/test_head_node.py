@@ -26,7 +26,7 @@ from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.certificates import Certificates, make_certificates, openssl_calls, openssl_config
-from dynamo_mpi.deploy.head_node import Ports, candidates, main, offset, services
+from dynamo_mpi.deploy.head_node import CHECKED, Ports, candidates, main, offset, services
 from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, load_settings
 from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
@@ -201,6 +201,22 @@ def test_ipv6_stands_in_brackets() -> None:
 
 def test_a_frontend_at_all_addresses_is_reached_at_the_jobs() -> None:
     assert Frontend(8000, {}, host=ANY_ADDRESS[0], reach="10.0.0.1").url == "http://10.0.0.1:8000"
+
+
+# the check
+
+
+def test_a_check_that_refuses_comes_before_everything(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "an engine.yaml"
+    config.write_text("tensor_parallel_size: two\n")
+    model = tmp_path / "config.json"
+    model.write_text("{}")
+    flags = shlex.join(["--model", str(model), "--engine-config", str(config)])
+    assert main(["--run-dir", str(tmp_path / "run"), "--check", flags]) == 65
+    out, err = capfd.readouterr()
+    assert "tensor_parallel_size" in out + err
+    assert CHECKED not in err
+    assert not (tmp_path / "run").exists()
 
 
 # environments
