@@ -2,7 +2,9 @@
 """What the pages tell their readers to type: blocks of code, with the names by which tests find them.
 
 A block of commands stands in a fence (``sh``, or ``console`` with its output) behind a line ``<!-- test: NAME -->``.
-What can't be run by a test begins with a comment that says why: ``# not run here: needs GPUs``."""
+What can't be run by a test begins with a comment that says why, ``# not run here: needs GPUs``; a single line of that
+kind ends with it.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,15 @@ class Block:
         return tuple(line for line in self.lines if line and not line.startswith("#"))
 
     @property
+    def output(self) -> tuple[str, ...]:
+        """What stands there as the output, of a ``console``: whole lines only, without those that are cut by ``...``."""
+        lines = (line for line in self.lines if not line.startswith(("$ ", "#")))
+        return tuple(line for line in lines if line and not line.endswith("..."))
+
+    @property
     def is_not_run(self) -> bool:
         """Whether it says that it is not run, and why."""
-        return any(line.startswith(NOT_RUN) and len(line) > len(NOT_RUN) for line in self.lines)
+        return self.lines[0].startswith(NOT_RUN) and len(self.lines[0]) > len(NOT_RUN)
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -53,7 +61,17 @@ def blocks(text: str) -> Iterator[Block]:
         yield Block(found["name"] or "", found["language"], tuple(line[indent:] for line in found["text"].splitlines()))
 
 
-def commands(page: str, name: str) -> list[str]:
-    """Return what a page, by its path from the top, tells its readers to type in the block of that name."""
+def block_of(page: str, name: str) -> Block:
+    """Return the block of that name in a page, which is named by its path from the top."""
     (block,) = (one for one in blocks((ROOT / page).read_text(encoding="utf-8")) if one.name == name)
-    return list(block.commands)
+    return block
+
+
+def commands(page: str, name: str) -> list[str]:
+    """Return what a page tells its readers to type in the block of that name."""
+    return list(block_of(page, name).commands)
+
+
+def run_lines(page: str, name: str) -> list[str]:
+    """Return the same, without the lines that say that they are not run."""
+    return [line for line in commands(page, name) if NOT_RUN not in line]
