@@ -101,17 +101,20 @@ class Helper:
         figures: dict[str, Any] = {}
         try:
             store = Store(plan.folder)
+            leading: threading.Thread | None = None
             if plan.coordinates and plan.ring:
                 self._coordinator = Coordinator(self._manifest, self._hosts)
-                threading.Thread(target=self._lead, args=(self._coordinator,), name="lead", daemon=True).start()
+                leading = threading.Thread(target=self._lead, args=(self._coordinator,), name="lead", daemon=True)
+                leading.start()
             if plan.node >= 0:
                 figures = self._copy(store)
             else:
                 if self._coordinator is not None:
                     self._listen()
                 figures = self._await_other(store)
-            if self._coordinator is not None:
-                self._coordinator.join(max(_END_SECONDS, self._end - time.monotonic()))
+            # a node that has its copy may still lead the others
+            if leading is not None:
+                leading.join()
         except SourceChangedError as error:
             return {"result": CHANGED, "text": str(error)}
         except StageError as error:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SLOW_FACTOR = 3.0
-"""What takes longer than this many times the mean of reading an extent is late: reading itself, or its way to the other nodes."""
-MIN_SECONDS = 2.0
-"""... if it takes at least this long."""
+SLOW_FACTOR, SLOW_SECONDS = 3.0, 2.0
+"""An extent is given to a second node if reading it takes longer than this many times the mean, and at least this long."""
+WAY_SECONDS = 1.0
+"""How long a starved node waits for an extent that another one has read: on a network that is no bottleneck, it takes less."""
 
 
 class _Reading(NamedTuple):
@@ -54,12 +54,12 @@ class Pool:
             return extent
         if not self._times:
             return None
-        late = max(MIN_SECONDS, SLOW_FACTOR * self._seconds / self._times)
+        slow = max(SLOW_SECONDS, SLOW_FACTOR * self._seconds / self._times)
         for extent, reading in self._reading.items():
-            if reading.node != node and not reading.second and now - reading.since > late:
+            if reading.node != node and not reading.second and now - reading.since > slow:
                 self._reading[extent] = reading._replace(second=True)
                 return extent
-        return next((each for each in wanted if now - self._read.get(each, now) > late), None)
+        return next((each for each in wanted if now - self._read.get(each, now) > WAY_SECONDS), None)
 
     def done(self, extent: int, now: float) -> None:
         """Note that an extent has been read. Unknown ones are ignored."""

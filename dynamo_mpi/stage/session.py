@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SETTING = "--stage (DYN_MPI_STAGE)"
 _BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
-_GRACE_SECONDS = 60.0
+_GRACE_SECONDS = 30.0
 
 
 class StagePlan(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 from dynamo_mpi.stage import manifest as manifests
 from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, StageError, scan
 from dynamo_mpi.stage.partial import PartialCopy
-from dynamo_mpi.stage.pool import MIN_SECONDS, Pool
+from dynamo_mpi.stage.pool import SLOW_SECONDS, WAY_SECONDS, Pool
 from dynamo_mpi.stage.store import MARKER, PARTIAL, State, Store, digest_of
 
 MIB = 1 << 20
@@ -280,10 +280,10 @@ def test_a_slow_node_s_extent_goes_to_another_one_as_well_but_only_once() -> Non
     pool = Pool([8, 8])
     assert (pool.next(0, 0.0), pool.next(1, 0.0)) == (0, 1)
     pool.done(0, 0.1)
-    assert pool.next(0, MIN_SECONDS / 2) is None
-    assert pool.next(1, 2 * MIN_SECONDS) is None
-    assert pool.next(0, 2 * MIN_SECONDS) == 1
-    assert pool.next(2, 9 * MIN_SECONDS) is None
+    assert pool.next(0, SLOW_SECONDS / 2) is None
+    assert pool.next(1, 2 * SLOW_SECONDS) is None
+    assert pool.next(0, 2 * SLOW_SECONDS) == 1
+    assert pool.next(2, 9 * SLOW_SECONDS) is None
 
 
 def test_small_files_say_nothing_about_how_long_an_extent_takes() -> None:
@@ -300,4 +300,4 @@ def test_a_starved_node_reads_again_what_others_have_read_long_ago() -> None:
         pool.next(0, 0.0)
         pool.done(extent, 0.1)
     assert pool.next(1, 0.2, [1, 0]) is None
-    assert pool.next(1, 0.2 + MIN_SECONDS, [1]) == 1
+    assert pool.next(1, 0.2 + WAY_SECONDS, [1]) == 1
