@@ -45,7 +45,7 @@ class ModelCard:
     Args:
         model: the name that clients ask for.
         worker: ``COMPONENT/INSTANCE`` of the worker; empty before it is registered.
-        is_prefill: of a prefill worker, which frontends compare with others of that kind alone.
+        kind: ``aggregated``, ``prefill`` or ``decode``: frontends compare cards of one kind.
         files: the model's files, by name.
         context_length: tokens of a request; None if it isn't known.
         kv_block_size: tokens of a KV block; None if it isn't known.
@@ -54,7 +54,7 @@ class ModelCard:
 
     model: str
     worker: str
-    is_prefill: bool
+    kind: str
     files: Mapping[str, CardFile]
     context_length: int | None = None
     kv_block_size: int | None = None
@@ -87,14 +87,15 @@ def read_cards(entries: Iterable[KeyValue]) -> list[tuple[str, ModelCard]]:
 def _card(content: Mapping[str, Any], worker: str) -> ModelCard:
     if not isinstance(name := content["display_name"], str):
         raise TypeError("no name")
-    kind = f"{content.get('worker_type') or ''} {content.get('model_type') or ''}".lower()
+    # cards of earlier releases have no type of worker
+    kind = content.get("worker_type") or ("prefill" if "Prefill" in str(content.get("model_type")) else "aggregated")
     numbers = (
         content.get(name) for name in ("context_length", "kv_cache_block_size", "architectural_max_context_length")
     )
     return ModelCard(
         name,
         worker,
-        "prefill" in kind,
+        str(kind).lower(),
         dict(_files(content)),
         *(each if type(each) is int else None for each in numbers),
     )
@@ -118,7 +119,7 @@ class PlannedCard:
 
     Args:
         model: the name that clients ask for.
-        is_prefill: of a prefill worker.
+        kind: as in `ModelCard`.
         folder: the model folder.
         template: a chat template that replaces the folder's; None for none.
         context_length: tokens of a request; None for the model's own context.
@@ -126,7 +127,7 @@ class PlannedCard:
     """
 
     model: str
-    is_prefill: bool
+    kind: str
     folder: Path
     template: Path | None = None
     context_length: int | None = None
@@ -140,7 +141,7 @@ class PlannedCard:
         return ModelCard(
             self.model,
             "",
-            self.is_prefill,
+            self.kind,
             files,
             self.context_length or other.model_context,
             self.kv_block_size,
@@ -204,7 +205,7 @@ def _shown(file: CardFile | None) -> str:
 
 def unlike(own: ModelCard, others: Iterable[ModelCard]) -> list[tuple[ModelCard, list[str]]]:
     """Return the cards of the same model and kind that differ from ``own``, and in what."""
-    alike = [card for card in others if (card.model, card.is_prefill) == (own.model, own.is_prefill)]
+    alike = [card for card in others if (card.model, card.kind) == (own.model, own.kind)]
     pairs = [(card, differences(own, card)) for card in alike if card.worker != own.worker]
     return [(card, found) for card, found in pairs if found]
 
@@ -221,9 +222,9 @@ def describe_unlike(model: str, found: Sequence[tuple[ModelCard, list[str]]]) ->
 
 def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[str]:
     """Return a line for each model of a namespace whose workers' cards differ."""
-    groups: dict[tuple[str, str, bool], list[ModelCard]] = {}
+    groups: dict[tuple[str, str, str], list[ModelCard]] = {}
     for namespace, card in cards:
-        groups.setdefault((namespace, card.model, card.is_prefill), []).append(card)
+        groups.setdefault((namespace, card.model, card.kind), []).append(card)
     lines = []
     for (namespace, model, _), group in groups.items():
         first = group[0]

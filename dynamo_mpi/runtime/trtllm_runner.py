@@ -33,6 +33,7 @@ from dynamo_mpi.engines.trtllm.endings import (
     SignalReceived,
     call_if_late,
     close_session,
+    innermost_error,
     ranks_left,
     readiness_error,
     stopped,
@@ -272,6 +273,9 @@ class TrtllmRunner(WorkerHook):
                 loss = self._monitor.lost_lease_reason() if code == 0 else ""
                 ends = () if self._session is None else self._session.ends()
                 reason = why_left(ends, self._supervisor.name)
+                if not reason and not self._serving:
+                    # once it serves, a chain in its output may be that of any request
+                    reason = innermost_error(lines)
                 self._supervisor.abort(ChildExitError(code, lines, loss, reason), exit_code_for(code))
 
     def _on_lease_lost(self, error: RetryableError) -> None:

@@ -107,7 +107,7 @@ def planned_card(settings: Settings, config: EngineConfig, model_context: int | 
         template = words[words.index(_TEMPLATE_FLAG) + 1]
     return PlannedCard(
         settings.served_model_name,
-        settings.role == "prefill",
+        "aggregated" if settings.role == "agg" else settings.role,
         settings.model,
         Path(template).expanduser() if template else None,
         context,

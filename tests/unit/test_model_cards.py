@@ -62,11 +62,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_card_is_read() -> None:
     found = card()
-    assert (found.model, found.worker, found.is_prefill) == ("m", "backend/a1", False)
+    assert (found.model, found.worker, found.kind) == ("m", "backend/a1", "aggregated")
     assert set(found.files) == set(MODEL)
     assert (found.context_length, found.kv_block_size, found.model_context) == (2048, 32, 8192)
-    assert card(worker_type="prefill").is_prefill
-    assert card(worker_type=None, model_type="Prefill").is_prefill
+    assert card(worker_type="prefill").kind == "prefill"
+    # of earlier releases
+    assert card(worker_type=None, model_type="Prefill").kind == "prefill"
+    assert card(worker_type=None).kind == "aggregated"
 
 
 def test_what_is_no_card_is_left_out() -> None:
@@ -80,7 +82,7 @@ def test_what_is_no_card_is_left_out() -> None:
 
 
 def test_equal_workers_fit_wherever_their_files_are(folder: Path) -> None:
-    planned = PlannedCard("m", False, folder, None, 2048, 32)
+    planned = PlannedCard("m", "aggregated", folder, None, 2048, 32)
     at_a_url = {
         "hf_tokenizer_json": {
             **file("tokenizer.json", MODEL["tokenizer.json"]),
@@ -105,19 +107,19 @@ def test_equal_workers_fit_wherever_their_files_are(folder: Path) -> None:
     ],
 )
 def test_what_differs_is_told_with_both_values(changes: dict[str, Any], said: str, folder: Path) -> None:
-    planned = PlannedCard("m", False, folder, None, 2048, 32)
+    planned = PlannedCard("m", "aggregated", folder, None, 2048, 32)
     ((_, what),) = planned.unlike([card(**changes)])
     assert said in "; ".join(what)
 
 
 def test_only_cards_of_the_same_name_and_kind_count(folder: Path) -> None:
-    planned = PlannedCard("m", False, folder, None, 1, 1)
-    assert planned.unlike([card(display_name="other"), card(worker_type="prefill")]) == []
+    planned = PlannedCard("m", "aggregated", folder, None, 1, 1)
+    assert planned.unlike([card(display_name="other"), card(worker_type="prefill"), card(worker_type="decode")]) == []
     assert len(planned.unlike([card()])) == 1
 
 
 def test_what_isnt_known_before_the_load_isnt_compared(folder: Path) -> None:
-    planned = PlannedCard("m", False, folder)
+    planned = PlannedCard("m", "aggregated", folder)
     # without a setting, the context is the model's own
     assert planned.unlike([card(context_length=8192, kv_cache_block_size=77)]) == []
     assert planned.unlike([card(context_length=2048, architectural_max_context_length=None)]) == []
@@ -128,7 +130,7 @@ def test_what_isnt_known_before_the_load_isnt_compared(folder: Path) -> None:
 def test_a_template_of_the_command_line_takes_the_place_of_the_folders(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_bytes(b"mine")
-    planned = PlannedCard("m", False, folder, template, 2048, 32)
+    planned = PlannedCard("m", "aggregated", folder, template, 2048, 32)
     theirs = {"hf_chat_template": {"is_custom": True, "file": file("mine.jinja", b"mine")}}
     assert planned.unlike([card(chat_template_file=theirs)]) == []
     assert len(planned.unlike([card()])) == 1
@@ -136,7 +138,7 @@ def test_a_template_of_the_command_line_takes_the_place_of_the_folders(folder: P
 
 def test_without_blake3_sizes_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "blake3", None)
-    planned = PlannedCard("m", False, folder, None, 2048, 32)
+    planned = PlannedCard("m", "aggregated", folder, None, 2048, 32)
     same_size, other_size = ({"x": file("tokenizer_config.json", data)} for data in (b"T", b"other"))
     assert planned.unlike([card(), card(prompt_formatter=same_size)]) == []
     assert len(planned.unlike([card(prompt_formatter=other_size)])) == 1
@@ -171,7 +173,7 @@ def test_the_planned_card_is_that_of_the_engine(
 ) -> None:
     settings = load_settings(WorkerSources(["--model", str(folder), *words], {}))
     planned = planned_card(settings, merge(EngineLayers({}, config or None)).config, 8192)
-    assert planned == PlannedCard(folder.name, False, folder, None, context, block)
+    assert planned == PlannedCard(folder.name, "aggregated", folder, None, context, block)
 
 
 def test_an_encode_worker_has_no_card(folder: Path) -> None:
@@ -181,4 +183,4 @@ def test_an_encode_worker_has_no_card(folder: Path) -> None:
     settings = load_settings(WorkerSources([*words, "--role", "prefill", "--custom-jinja-template=/x.jinja"], {}))
     planned = planned_card(settings, merge(EngineLayers()).config, None)
     assert planned is not None
-    assert (planned.is_prefill, planned.template) == (True, Path("/x.jinja"))
+    assert (planned.kind, planned.template) == ("prefill", Path("/x.jinja"))

@@ -151,6 +151,19 @@ def test_the_engines_own_hard_kill_is_heard_before_it_happens(
     assert "TLLM_HANG_DETECTION_TIMEOUT_S" in str(killed[1])
 
 
+def test_a_hang_is_one_however_many_stacks_are_logged_after_it(
+    errors: EngineErrors, killed: list[DynamoMpiError]
+) -> None:
+    log(errors, "[TRT-LLM] [E] Hang detected after 300 seconds.")
+    log(errors, *(f"[TRT-LLM] [E] Thread {number} stack trace:\n  File x" for number in range(40)))
+    log(
+        errors, *(f"[TRT-LLM] [E] {number}" for number in range(40)), "HangDetector: propagating hard-kill to all ranks"
+    )
+    assert killed[0].exit_code == 124
+    assert "    Hang detected after 300 seconds.\n" in str(killed[0])
+    assert "stack trace" not in str(killed[0])
+
+
 def test_it_listens_to_the_engines_logger_once(errors: EngineErrors) -> None:
     logger = logging.getLogger("TRT-LLM")
     try:
@@ -261,14 +274,12 @@ def test_the_first_reason_counts(ends: list[TaskEnd], said: str) -> None:
 
 def test_the_childs_end_is_told_with_its_cause() -> None:
     lines = chain()
-    assert str(ChildExitError(1, lines)).startswith(
-        "dynamo.trtllm ended with code 1: ValueError: the cause; its last lines:\n"
-    )
+    assert str(ChildExitError(1, lines)).startswith("dynamo.trtllm ended with code 1; its last lines:\n")
     assert str(ChildExitError(1, lines, reason="rank 2 logged: x")).startswith(
         "dynamo.trtllm ended with code 1: rank 2 logged: x;"
     )
-    # killed: what it printed is no cause
-    assert "the cause;" not in str(ChildExitError(-9, lines))
+    # killed: that is the cause
+    assert "logged: x" not in str(ChildExitError(-9, lines, reason="rank 2 logged: x"))
 
 
 def test_the_last_lines_are_few() -> None:

@@ -76,14 +76,14 @@ class ChildExitError(DynamoMpiError):
         code: as `subprocess.Popen.returncode` gives it.
         lines: its last output lines.
         loss: why its lease is lost; empty if it isn't.
-        reason: why the ranks have left its engine; empty if they haven't. Without it, the cause is looked for in the lines.
+        reason: the cause; empty if it isn't known.
     """
 
     def __init__(self, code: int, lines: Sequence[str], loss: str = "", reason: str = "") -> None:
         found = f"dynamo.trtllm {describe_end(code)}"
         fix = "look at its last lines"
-        if code > 0 and (cause := reason or innermost_error(lines)):
-            found += f": {cause}"
+        if code > 0 and reason:
+            found += f": {reason}"
         elif code == 0:
             found += " although it was not asked to end"
             fix = "start the worker again; if it happens again, find out what ends it"

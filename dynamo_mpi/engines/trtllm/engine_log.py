@@ -27,6 +27,8 @@ _NOT_STARTED = "Failed to initialize executor on rank"
 # the last words before MPI_Abort with 137, or SIGKILL of itself
 _KILLS = ("propagating hard-kill", "self-SIGKILL")
 _HANG = "Hang detected"
+# what it logs of each of its threads then
+_STACK = re.compile(r"Thread \S+ ")
 
 
 class EngineErrors(logging.Handler):
@@ -41,7 +43,7 @@ class EngineErrors(logging.Handler):
         super().__init__(logging.ERROR)
         self._on_kill = on_kill
         self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT)
-        self._not_started = ""
+        self._not_started = self._hang = ""
 
     def attach(self) -> None:
         """Listen from now on. Idempotent."""
@@ -50,11 +52,17 @@ class EngineErrors(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one line of an error."""
         line = _line_of(record)
+        if _STACK.match(line):
+            return
         self._lines.append(line)
         if line.startswith(_NOT_STARTED) and not self._not_started:
             self._not_started = line
+        if _HANG in line:
+            self._hang = line
         if any(words in line for words in _KILLS):
-            self._on_kill(kill_error(list(self._lines)))
+            lines = list(self._lines)
+            # more may have been logged since than is kept
+            self._on_kill(kill_error([self._hang, *lines] if self._hang and self._hang not in lines else lines))
 
     def reason(self) -> str:
         """Return why this rank could not start, or else the last error; empty if there is none."""

@@ -107,7 +107,13 @@ class Session:
 
     def ends(self) -> tuple[TaskEnd, ...]:
         """Return which ranks have left the running task, in the order in which they did. From any thread."""
-        return tuple(self._ends)
+        found = list(self._ends)
+        for future in self._running:
+            # a future that is done may not have called back yet
+            if future.done() and not future.cancelled() and future.exception() is None:
+                end = future.result()
+                found += [end] if isinstance(end, TaskEnd) and end not in found else []
+        return tuple(found)
 
     def allow_exit(self) -> None:
         """From now on, allow ranks to leave their task before others."""

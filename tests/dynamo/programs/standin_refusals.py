@@ -40,7 +40,7 @@ async def request_outcomes(llm: Any) -> dict[str, str]:
     async for result in served:
         last = result.outputs[0]
     return {
-        "logprobs": ask(logprobs=1),
+        "logprobs": ask(logprobs=2),
         "two answers": ask(n=2),
         "a penalty": ask(presence_penalty=0.5),
         "an image": ask(inputs=prompt(multi_modal_data={"image": [Image.new("RGB", (3, 2))]})),
