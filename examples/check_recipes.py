@@ -5,7 +5,7 @@
 
 Prints a line for each ``*.yaml`` below FOLDER: its path, the result, and the first error. A recipe takes as many nodes as its ranks
 fill. The exit code is the worst of all: 0, 78 for a layout that can't work, 65 for keys that TensorRT-LLM refuses or a file that is no YAML;
-64 for a folder without recipes.
+64 for a folder without recipes, or wrong arguments.
 """
 
 from __future__ import annotations
@@ -57,5 +57,6 @@ def main(model: str, folder: str, gpus_per_node: int, gpu: str | None = None) ->
 
 if __name__ == "__main__":
     if len(sys.argv) not in (4, 5) or not sys.argv[3].isdecimal():
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))

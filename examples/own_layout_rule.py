@@ -3,8 +3,8 @@
 
     python examples/own_layout_rule.py MODEL ENGINE_CONFIG NODES GPUS_PER_NODE
 
-MODEL is a model folder, its config.json, or a hub id that is in the cache. The exit codes are those of `dynamo-mpi check`: 0, or 78 for an
-illegal layout.
+MODEL is a model folder, its config.json, or a hub id that is in the cache. The exit codes are those of `dynamo-mpi check`: 0, 78 for an
+illegal layout, 65 and 66 for files that can't be used, 64 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamo_mpi.common.config_reader import read_small_text
-from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Finding, error
 from dynamo_mpi.layout.layout import Cluster
@@ -45,7 +45,10 @@ def main(model: str, engine_config: str, nodes: str, gpus_per_node: str) -> int:
         merged = merge(EngineLayers(yaml_text=read_small_text(Path(engine_config)), yaml_path=engine_config))
         spec = LayoutSpec(files.shape(), merged.config, Cluster(int(nodes), int(gpus_per_node)))
     except OSError as problem:
-        sys.exit(f"{engine_config} can't be read: {problem.strerror}")
+        print(
+            f"{engine_config} can't be read: {problem.strerror}\n  fix:      check its path and rights", file=sys.stderr
+        )
+        return ExitCode.DATA
     except DynamoMpiError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
@@ -57,5 +60,6 @@ def main(model: str, engine_config: str, nodes: str, gpus_per_node: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 5 or not (sys.argv[3] + sys.argv[4]).isdecimal():
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     sys.exit(main(*sys.argv[1:]))

@@ -16,7 +16,7 @@ import sys
 
 from dynamo_mpi.common.credentials import clients_of
 from dynamo_mpi.common.display import sanitize
-from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.records import list_workers
 
@@ -48,4 +48,7 @@ def main(namespace: str = "dynamo") -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__, file=sys.stderr)
+        sys.exit(ExitCode.USAGE)
     sys.exit(main(*sys.argv[1:]))

@@ -14,7 +14,7 @@ from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 MAX_SIZE = 2**31 - 1
 """The largest size: the engine stores sizes in 32 bits."""
@@ -103,6 +103,37 @@ def parse_json(text: str, path: str, expected: str) -> dict[str, Any]:
             f"{path} holds a {type(loaded).__name__}, not an object", expected=expected, fix="correct it, or the path"
         )
     return loaded
+
+
+class BadValueError(ConfigFileError):
+    """A value has the wrong type or is out of every range."""
+
+    key = ""
+    """Its dotted path."""
+    found = ""
+    """The problem without the file's path."""
+
+
+def line_of_key(text: str, path: Sequence[str]) -> int:
+    """Return the line of a key in a YAML mapping, counted from 1; 0 if it isn't there.
+
+    Args:
+        text: the YAML.
+        path: the names of the sections, and of the key.
+    """
+    import yaml
+
+    try:
+        node, line = yaml.compose(text, Loader=yaml.SafeLoader), 0
+    except yaml.YAMLError:
+        return 0
+    for name in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        key, node = next(((key, value) for key, value in pairs if key.value == name), (None, None))
+        if key is None:
+            return 0
+        line = key.start_mark.line + 1
+    return line
 
 
 def parse_yaml(text: str, path: str, expected: str, *, may_be_empty: bool = False) -> dict[str, Any]:
@@ -282,15 +313,14 @@ class ConfigReader:
             raise self.bad(key, "a mapping")
         return ConfigReader(value, self.path, f"{self.prefix}{key}.")
 
-    def bad_size(self, key: str, minimum: int, maximum: int) -> ConfigFileError:
+    def bad_size(self, key: str, minimum: int, maximum: int) -> BadValueError:
         """Return the error for a size outside its limits."""
         expected = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
         return self.bad(key, expected if maximum == MAX_SIZE else f"{expected}, at most {maximum}")
 
-    def bad(self, key: str, expected: str) -> ConfigFileError:
+    def bad(self, key: str, expected: str) -> BadValueError:
         """Return the error for the value of ``key``."""
-        return ConfigFileError(
-            f"{self.path}: {self.prefix}{key} is {_short(self.values.get(key))}",
-            expected=expected,
-            fix="correct it there",
-        )
+        found = f"{self.prefix}{key} is {_short(self.values.get(key))}"
+        error = BadValueError(f"{self.path}: {found}", expected=expected, fix="correct it there")
+        error.key, error.found = f"{self.prefix}{key}", found
+        return error

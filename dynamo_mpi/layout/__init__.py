@@ -10,7 +10,8 @@ The model's file, config.json
     layer_patterns       the kind of each layer; attention_patterns: windows, heads and head sizes of its own
     quantisation         number formats, and which module has which; quantisation_config: reads them; layer_formats: those of each layer
 The engine config
-    engine_layers        merges flags, YAML and overrides; engine_config: the typed keys; engine_reader: values, as the engine reads them
+    engine_layers        merges flags, YAML and overrides; engine_config: the typed keys; engine_reader: values, as the engine reads them;
+                         bad_values: all that keeps it from being read
     engine_keys          which keys each version has; key_lookup: the key that was meant; key_rules: their findings
     engine_values        which values each version accepts; value_spec: one key's; key_conflicts: keys that exclude each other;
                          value_rules: their findings

@@ -7,7 +7,7 @@ finding (H14).
 
 from __future__ import annotations
 
-from dynamo_mpi.common.config_reader import parse_json, parse_yaml
+from dynamo_mpi.common.config_reader import BadValueError, parse_json, parse_yaml
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
@@ -95,7 +95,12 @@ def merge(layers: EngineLayers) -> MergedConfig:
     if override:
         _deep_update(keys, override)
     where = layers.yaml_path if layers.yaml_text is not None else "the engine's flags"
-    config = type_engine_config(keys, where)
+    try:
+        config = type_engine_config(keys, where)
+    except BadValueError as error:
+        from dynamo_mpi.layout.bad_values import all_bad_values  # most configs are right
+
+        raise all_bad_values(error, keys, where, layers.yaml_text) from None
     if with_gms and (ranks := layout_of(config, None).world_size) > 1:
         findings.append(gms_in_the_child(ranks))
     return MergedConfig(config, tuple(findings))

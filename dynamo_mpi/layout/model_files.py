@@ -83,7 +83,9 @@ def find_model(model: str, environ: Mapping[str, str] = os.environ) -> ModelFile
         raise ModelNotFoundError(
             f"there is no model {model}: neither a folder of this name, nor a snapshot in {cache}",
             expected=_NEEDED,
-            fix=f"huggingface-cli download {model}, or set HF_HOME to where it is",
+            fix=f"hf download {model}, or set HF_HOME to where it is"
+            if "/" in model
+            else "correct the path, or set HF_HOME to where it is",
         )
     return _read(model, os.path.join(snapshot, _CONFIG))
 

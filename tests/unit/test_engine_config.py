@@ -57,7 +57,7 @@ def test_the_file_lies_over_the_flags_as_in_dynamo() -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "two", "false", "[2]", "'2x'", "{}"])
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "max_batch_size", "max_seq_len"])
 def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
-    with pytest.raises(ConfigFileError, match=f"/e.yaml: {key} is "):
+    with pytest.raises(ConfigFileError, match=f"/e.yaml, line 1: {key} is "):
         parse(f"{key}: {value}")
 
 

@@ -283,7 +283,7 @@ def test_an_override_is_a_json_object(text: str) -> None:
     ("layers", "where"),
     [
         (EngineLayers({"max_batch_size": 0}), "the engine's flags: max_batch_size is 0"),
-        (EngineLayers({}, "max_batch_size: x", "/e.yaml"), "/e.yaml: max_batch_size is 'x'"),
+        (EngineLayers({}, "max_batch_size: x", "/e.yaml"), "/e.yaml, line 1: max_batch_size is 'x'"),
         (EngineLayers(override_text='{"moe_config": 1}'), "the engine's flags: moe_config is 1"),
         (
             EngineLayers({"kv_cache_config.free_gpu_memory_fraction": 0.5}, "kv_cache_config: 3", "/e"),
@@ -295,6 +295,20 @@ def test_an_override_is_a_json_object(text: str) -> None:
 def test_what_cannot_be_typed_is_told_with_its_place(layers: EngineLayers, where: str) -> None:
     with pytest.raises(ConfigFileError, match=where):
         merge(layers)
+
+
+def test_one_wrong_type_hides_no_other_mistake() -> None:
+    text = "tensor_parallel_size: eight\nmax_batch_sizes: 4\nkv_cache_config:\n  free_gpu_memory_fraction: lots\n"
+    with pytest.raises(ConfigFileError) as caught:
+        merge(EngineLayers({"max_num_tokens": 0}, text, "/e.yaml"))
+    head, *lines = caught.value.problem.splitlines()
+    assert head == "/e.yaml has 4 values and keys that can't be used:"
+    assert [line.strip().partition(", expected")[0] for line in lines] == [
+        "line 1: tensor_parallel_size is 'eight'",
+        "max_num_tokens is 0",
+        "line 4: kv_cache_config.free_gpu_memory_fraction is 'lots'",
+        "`max_batch_sizes` is not a key of TensorRT-LLM's YAML (max_batch_size: 4)",
+    ]
 
 
 @settings(max_examples=200)

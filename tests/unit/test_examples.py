@@ -54,6 +54,12 @@ def test_the_command_line_is_the_documented_one(case: str) -> None:
     assert int(sizes["tensor_parallel_size"]) * int(sizes.get("pipeline_parallel_size", 1)) == ranks
 
 
+@pytest.mark.parametrize("name", ["check_recipes.py", "own_layout_rule.py"])
+def test_without_arguments_its_usage_is_shown(name: str) -> None:
+    done = run_example(name)
+    assert (done.returncode, done.stdout, f"python examples/{name} MODEL" in done.stderr) == (64, "", True)
+
+
 @pytest.mark.parametrize("name", ["worker_under_srun.sh", "worker_under_mpirun.sh"])
 def test_what_runs_is_what_the_dry_run_prints(name: str, tmp_path: Path) -> None:
     launcher = name.removeprefix("worker_under_").removesuffix(".sh")

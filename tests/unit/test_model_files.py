@@ -160,7 +160,7 @@ def test_an_incomplete_download_is_told(tmp_path: Path) -> None:
 def test_a_hub_id_that_is_not_in_the_cache_is_told_how_to_get_it(tmp_path: Path) -> None:
     error = refused(HUB_ID, {"HF_HOME": str(tmp_path)})
     assert str(tmp_path / "hub") in error.problem
-    assert f"huggingface-cli download {HUB_ID}" in error.fix
+    assert f"hf download {HUB_ID}" in error.fix
 
 
 # what is no model

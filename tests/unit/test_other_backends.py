@@ -45,6 +45,13 @@ def test_autodeploy_has_one_rank_by_default(model: str, size: str) -> None:
     assert judged(model, f"{{backend: _AutoDeploy{size}}}").subject.layout.world_size == 1
 
 
+@pytest.mark.parametrize(("cluster", "size"), [({}, 8), ({"nodes": 2, "gpus_per_node": 8}, 16)])
+def test_refused_sizes_without_world_size_have_one_fix(model: str, cluster: dict[str, int], size: int) -> None:
+    text = "{backend: _autodeploy, tensor_parallel_size: 4, pipeline_parallel_size: 2}"
+    (finding,) = errors(judged(model, text, **cluster).findings)
+    assert (finding.rule, f"set world_size: {size}" in finding.fix) == ("A16", True), finding
+
+
 def test_another_number_of_ranks_is_refused(model: str) -> None:
     (finding,) = errors(judged(model, "{backend: _autodeploy, world_size: 4}", gpus_per_node=2).findings)
     assert finding.rule == "A1"
@@ -119,3 +126,12 @@ def test_an_unknown_backend_is_a_value_that_is_refused(model: str) -> None:
     report = judged(model, "backend: vllm")
     assert {finding.rule for finding in errors(report.findings)} == {"H"}
     assert not report.subject.other_backend
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "_autodeploy"])
+@pytest.mark.parametrize(("version", "known"), [("1.2.1", True), ("9.9", False)])
+def test_a_version_newer_than_known_is_a_warning(model: str, backend: str, version: str, known: bool) -> None:
+    report = judged(model, f"{{backend: {backend}}}", trtllm_version=version)
+    found = [finding.severity for finding in report.findings if finding.rule == "H18"]
+    assert found == ([] if known else [Severity.WARNING])
+    assert report.ok

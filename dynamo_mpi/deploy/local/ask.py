@@ -13,12 +13,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.errors import EngineError, ExitCode
 from dynamo_mpi.common.ports import LOOPBACK
 
 
 class NotServedYet(Exception):
     """The frontend has no worker for the model (yet)."""
+
+
+class RequestRefused(EngineError):
+    """The frontend or the worker refuses the request."""
+
+    exit_code = ExitCode.USAGE
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def ask(
 
     Raises:
         NotServedYet: 404 or 503.
+        RequestRefused: another status from 400 to 499.
         EngineError: another error status, an error within the stream, or a stream that breaks off.
     """
     body = {
@@ -167,4 +174,20 @@ def _collect(events: Iterable[dict[str, Any]], started: float, on_text: Callable
 def _refuse(status: int, body: str) -> None:
     if status in (404, 503):
         raise NotServedYet(body)
-    raise EngineError(f"the frontend answered {status}: {body.strip()}")
+    reason = _reason(body)
+    if 400 <= status < 500:
+        raise RequestRefused(
+            f"the request was refused ({status}): {reason}",
+            expected="a request that the model and the engine take",
+            fix="a shorter question, fewer --max-tokens, or a larger --max-seq-len where it is too long",
+        )
+    raise EngineError(f"the frontend answered {status}: {reason}", fix="look at the worker's log")
+
+
+def _reason(body: str) -> str:
+    """Return the message of an error's JSON; another body as it is."""
+    try:
+        message = json.loads(body)["message"]
+    except (ValueError, KeyError, TypeError):
+        return " ".join(body.split())
+    return str(message)

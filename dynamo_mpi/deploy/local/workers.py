@@ -26,12 +26,12 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
     """Return a model folder and the name to serve it under.
 
     Args:
-        given: a folder, used as it is, or a GGUF file; None for the installed GGUF.
+        given: a folder, or its config.json, used as it is, or a GGUF file; None for the installed GGUF.
         folder: the folder for a converted GGUF (neither Dynamo nor the ranks read GGUF).
 
     Raises:
         UsageError: no model is installed.
-        ModelNotFoundError: there is no such model.
+        ModelNotFoundError: there is no such model, or it is another kind of file.
     """
     # imported here, so that an error before this point needs no numpy
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
@@ -40,11 +40,28 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
         raise ModelNotFoundError(
             f"there is no {given}", expected="a model folder or a GGUF file", fix="correct the path"
         )
+    if given is not None and given.name == "config.json":
+        given = given.parent
     if given is not None and given.is_dir():
         return given.resolve(), given.resolve().name
+    if given is not None and not _is_gguf(given):
+        raise ModelNotFoundError(
+            f"{given} is neither a folder nor a GGUF file",
+            expected="a model folder, its config.json, or a GGUF file",
+            fix="correct the path",
+        )
     gguf = find_default_gguf() if given is None else given.resolve()
     export_model(gguf, folder)
     return folder, served_name(gguf)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Return whether a file begins as GGUF does, whatever its name; one that can't be read is left to the converter's message."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return True
 
 
 def served_name(gguf: Path) -> str:

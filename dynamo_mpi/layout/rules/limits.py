@@ -9,7 +9,9 @@ from dynamo_mpi.layout.engine_config import (
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_NUM_TOKENS,
 )
+from dynamo_mpi.layout.engine_keys import engine_keys
 from dynamo_mpi.layout.finding import error, info, warning
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -235,7 +237,22 @@ def check_orchestrator(subject: LayoutSpec) -> Iterator[Finding]:
     )
 
 
+def check_version(subject: LayoutSpec) -> Iterator[Finding]:
+    """H18: the version of TensorRT-LLM is one that this project has read; a newer one may have other keys, values and limits."""
+    newest = engine_keys().newest
+    if subject.engine != "trtllm" or subject.version is None or subject.version <= parse_trtllm_version(newest):
+        return
+    yield warning(
+        "H18",
+        f"TensorRT-LLM {subject.version} isn't known here: it is judged as {newest}",
+        found=str(subject.version),
+        expected=f"{newest} or older",
+        fix="look whether a newer dynamo_mpi knows it, or correct the version",
+    )
+
+
 RULES = (
+    check_version,
     check_cuda_graphs,
     check_batch_and_tokens,
     check_prompt_length,

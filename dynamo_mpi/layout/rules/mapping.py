@@ -9,6 +9,7 @@ from dynamo_mpi.layout.engine_config import AUTODEPLOY
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.layout.layout import HELIX
+from dynamo_mpi.layout.rules.other_backends import refused_sizes
 from dynamo_mpi.layout.value_rules import accepted_texts
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def check_world_size(subject: LayoutSpec) -> Iterator[Finding]:
         )
         return
     if subject.config.backend == AUTODEPLOY:
+        if refused_sizes(subject.config.keys) and not subject.config.keys.get("world_size"):
+            return  # A16 has the fix; without world_size, the number of ranks isn't the user's choice
         yield error(
             "A1",
             f"AutoDeploy needs {counted(layout.world_size, 'rank')}, but there are {started}",

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from dynamo_mpi.common.coerce import as_bool, as_int
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import AUTODEPLOY
 from dynamo_mpi.layout.finding import error, info, warning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.spec import LayoutSpec
@@ -34,13 +36,14 @@ def check_autodeploy_sizes(subject: LayoutSpec) -> Iterator[Finding]:
     """A16: AutoDeploy divides a model by ``world_size`` alone, and refuses other sizes (``_torch/auto_deploy/llm_args.py``)."""
     if subject.config.backend != AUTODEPLOY:
         return
-    keys = subject.config.keys
-    refused = [key for key in _PARALLEL if keys.get(key) is not None and as_int(keys[key]) != 1]
-    refused += [key for key in _EXPERTS if keys.get(key) is not None and as_int(keys[key]) != -1]
-    refused += [key for key in ("enable_attention_dp",) if as_bool(keys.get(key))]
-    refused += [key for key in ("cp_config",) if keys.get(key)]
+    keys, refused = subject.config.keys, refused_sizes(subject.config.keys)
     if refused:
-        size = max((size for key in _PARALLEL if (size := as_int(keys.get(key)))), default=1)
+        # without GPUs given, the cluster is as large as world_size, which isn't set
+        size = (
+            subject.cluster.world_size
+            if subject.cluster.world_size > 1
+            else prod(as_int(keys.get(key)) or 1 for key in _PARALLEL)
+        )
         yield error(
             "A16",
             "AutoDeploy takes world_size, and refuses sizes of parallelism",
@@ -48,6 +51,15 @@ def check_autodeploy_sizes(subject: LayoutSpec) -> Iterator[Finding]:
             expected="world_size alone",
             fix=f"leave {', '.join(refused)} out" + ("" if keys.get("world_size") else f", and set world_size: {size}"),
         )
+
+
+def refused_sizes(keys: Mapping[str, object]) -> list[str]:
+    """Return the keys of sizes that AutoDeploy refuses."""
+    refused = [key for key in _PARALLEL if keys.get(key) is not None and as_int(keys[key]) != 1]
+    refused += [key for key in _EXPERTS if keys.get(key) is not None and as_int(keys[key]) != -1]
+    refused += [key for key in ("enable_attention_dp",) if as_bool(keys.get(key))]
+    refused += [key for key in ("cp_config",) if keys.get(key)]
+    return refused
 
 
 def check_autodeploy_limits(subject: LayoutSpec) -> Iterator[Finding]:

@@ -42,7 +42,12 @@ CONFIG_RULES: tuple[Rule, ...] = (*backends.RULES, *architecture.RULES, *limits.
 CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
 # for an engine backend that isn't PyTorch's
 OTHER_LAYOUT_RULES: tuple[Rule, ...] = (mapping.check_world_size, mapping.check_moe_product, *other_backends.RULES)
-OTHER_CONFIG_RULES: tuple[Rule, ...] = (mapping.check_gpus_per_node, limits.check_orchestrator, roles.check_transceiver)
+OTHER_CONFIG_RULES: tuple[Rule, ...] = (
+    mapping.check_gpus_per_node,
+    limits.check_version,
+    limits.check_orchestrator,
+    roles.check_transceiver,
+)
 
 
 def layout_findings(subject: LayoutSpec) -> list[Finding]:
