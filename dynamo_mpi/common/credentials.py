@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 from collections import ChainMap
+from functools import cache
 
 from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
@@ -30,10 +31,12 @@ SECRETS = (
     # of TensorRT-LLM's session, from rank 0 to dynamo.trtllm
     "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY",
 )
+NATS_CA = "NATS_TLS_CA"
+"""PEM text, in services files only: the runtime's own variable, ``NATS_TLS_CA_CERT_PATH``, takes a path."""
 CLIENT_VARIABLES = (
     *("ETCD_ENDPOINTS", "ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_USERNAME"),
     *("NATS_SERVER", "NATS_AUTH_USERNAME", "NATS_AUTH_CREDENTIALS_FILE"),
-    *("NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH", "NATS_TLS_INSECURE"),
+    *(NATS_CA, "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CLIENT_CERT_PATH", "NATS_TLS_CLIENT_KEY_PATH", "NATS_TLS_INSECURE"),
     *SECRETS,
 )
 """All that a services file may set."""
@@ -127,7 +130,20 @@ def read_services_file(path: str) -> dict[str, str]:
         raise _unusable(path, f"can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _unusable(path, "is no services file") from None
-    return {name: value for name, value in given.items() if value}
+    return usable({name: value for name, value in given.items() if value})
+
+
+def usable(given: dict[str, str]) -> dict[str, str]:
+    """Return a services file's variables as this process, and Dynamo's runtime in it, can use them: `NATS_CA` as a file in memory, too."""
+    if text := given.get(NATS_CA):
+        return {**given, "NATS_TLS_CA_CERT_PATH": f"{DESCRIPTORS}{_file_of(text)}"}
+    return given
+
+
+@cache
+def _file_of(text: str) -> int:
+    """Return the descriptor of a file with this text, open as long as this process runs."""
+    return _in_memory(text.encode())
 
 
 def _open(path: str) -> int:
@@ -162,9 +178,13 @@ def memory_file(environment: Mapping[str, str]) -> int:
     """Return the descriptor of a services file that exists only in memory, for a child process; its path there is in `DESCRIPTORS`."""
     import json
 
+    return _in_memory(json.dumps({"environment": dict(environment)}).encode())
+
+
+def _in_memory(data: bytes) -> int:
     descriptor = os.memfd_create("services", os.MFD_CLOEXEC)
     try:
-        os.write(descriptor, json.dumps({"environment": dict(environment)}).encode())
+        os.write(descriptor, data)
     except OSError:
         os.close(descriptor)
         raise

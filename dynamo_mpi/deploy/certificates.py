@@ -19,6 +19,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.credentials import NATS_CA
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 NATS_USER = "dynamo"
 OPENSSL_SECONDS = 60.0  # each call takes some 10 ms
+_HANDSHAKE_SECONDS = 15
 _EARLIER = timedelta(days=1)  # clocks of other nodes may be behind
 _LIFE = timedelta(days=3650)  # longer than any job, so that no certificate expires during one
 _WITHOUT = "or use no credentials: --credentials none"
@@ -85,20 +87,23 @@ class Credentials:
     Args:
         certificates: etcd's.
         nats_config: NATS's configuration file, which holds its password.
-        client_environment: the variables that clients need.
+        client_environment: the variables that clients need, as for a services file.
+        nats_tls: whether NATS's clients need TLS.
     """
 
     certificates: Certificates
     nats_config: Path
     client_environment: Mapping[str, str]
+    nats_tls: bool = False
 
 
-def make_credentials(folder: Path, names: Sequence[str]) -> Credentials:
+def make_credentials(folder: Path, names: Sequence[str], *, nats_tls: bool) -> Credentials:
     """Create the credentials of one run.
 
     Args:
         folder: a private folder.
         names: addresses and host names of the services.
+        nats_tls: whether NATS's clients, Dynamo's runtime among them, can do TLS.
 
     Raises:
         UsageError: openssl isn't installed.
@@ -109,9 +114,17 @@ def make_credentials(folder: Path, names: Sequence[str]) -> Credentials:
     config = folder / "nats.conf"
     config.touch(mode=0o600)
     # NATS accepts JSON strings
-    config.write_text(f"authorization {{ user: {json.dumps(NATS_USER)}, password: {json.dumps(password)} }}\n")
+    text = f"authorization {{ user: {json.dumps(NATS_USER)}, password: {json.dumps(password)} }}\n"
     nats = {"NATS_AUTH_USERNAME": NATS_USER, "NATS_AUTH_PASSWORD": password}
-    return Credentials(certificates, config, {**certificates.client_environment(), **nats})
+    if nats_tls:
+        pair = (
+            f"cert_file: {json.dumps(str(certificates.server))}, key_file: {json.dumps(str(certificates.server_key))}"
+        )
+        # NATS's own limit of 2 s is short for a handshake on a busy host
+        text += f"tls {{ {pair}, timeout: {_HANDSHAKE_SECONDS} }}\n"
+        nats[NATS_CA] = certificates.authority.read_text()
+    config.write_text(text)
+    return Credentials(certificates, config, {**certificates.client_environment(), **nats}, nats_tls)
 
 
 def make_certificates(folder: Path, names: Sequence[str], now: datetime | None = None) -> Certificates:

@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.credentials import CLIENT_VARIABLES
+from dynamo_mpi.common.credentials import CLIENT_VARIABLES, usable
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileError
 from dynamo_mpi.deploy.step_commands import SERVICES
@@ -106,5 +106,5 @@ def read_services(folder: OwnFolder) -> ServiceAccess | None:
     if content is None or not isinstance(given, dict):
         return None
     known = {name: str(given[name]) for name in CLIENT_VARIABLES if name in given}
-    environment = {name: value for name, value in known.items() if "\0" not in value}
+    environment = usable({name: value for name, value in known.items() if "\0" not in value})
     return ServiceAccess(str(content.get("url") or ""), str(content.get("host") or ""), environment)

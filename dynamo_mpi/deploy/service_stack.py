@@ -18,6 +18,7 @@ from dynamo_mpi.common.process import raise_nofile_limit_to_hard
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
 from dynamo_mpi.deploy.certificates import make_credentials
 from dynamo_mpi.deploy.services import LOG_LINES, ProcessExited, ServiceT, StartTimeout, is_up, lost_its_port
+from dynamo_mpi.discovery.runtime_compat import has_nats_tls, runtime_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +92,7 @@ class ServiceStack:
             Interrupted: a signal requests the end.
         """
         try:
-            return make_credentials(self._folder, names)
+            return make_credentials(self._folder, names, nats_tls=has_nats_tls(runtime_version()))
         except DynamoMpiError:
             self._interrupts.check()  # Ctrl-C and scancel also end openssl
             raise

@@ -151,6 +151,7 @@ class Nats:
         data: folder for JetStream's store.
         host: the address for clients.
         config: file with the credentials, which must not appear in a command line; None accepts all clients.
+        tls: whether that file asks clients for TLS.
     """
 
     binary: Path
@@ -159,10 +160,11 @@ class Nats:
     name: str = "nats"
     host: str = LOOPBACK
     config: Path | None = None
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return f"nats://{in_url(self.host)}:{self.port}"
+        return f"{'tls' if self.tls else 'nats'}://{in_url(self.host)}:{self.port}"
 
     def command(self) -> tuple[str, ...]:
         config = () if self.config is None else ("-c", str(self.config))

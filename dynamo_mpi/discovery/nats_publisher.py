@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -24,6 +25,10 @@ _CONNECT_SECONDS = 3.0
 _ANSWER_SECONDS = 2.0
 _CLOSE_SECONDS = 0.5
 _MIN_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.5, 10.0
+
+
+def _is_no_end_of_tls(record: logging.LogRecord) -> bool:
+    return "eof_received() has no effect when using ssl" not in str(record.msg)
 
 
 class Message(NamedTuple):
@@ -147,6 +152,8 @@ class NatsPublisher:
         try:
             from nats.aio.client import Client
 
+            # nats-py upgrades a plain stream to TLS, whose end asyncio then warns of
+            logging.getLogger("asyncio").addFilter(_is_no_end_of_tls)
             client = Client()
             await asyncio.wait_for(client.connect(self._server, **self._options()), _CONNECT_SECONDS)
             return client

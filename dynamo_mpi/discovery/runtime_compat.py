@@ -35,6 +35,11 @@ def runtime_version() -> tuple[int, ...] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def has_nats_tls(installed: tuple[int, ...] | None) -> bool:
+    """Return whether this version of Dynamo's runtime can use a NATS with TLS; False if the version isn't known."""
+    return installed is not None and installed >= _NATS_TLS_SINCE
+
+
 def remove_empty_credentials(environ: MutableMapping[str, str]) -> None:
     """Unset empty credentials: scripts use them for "none", but for the runtime an empty variable is set."""
     for name in [name for name, value in environ.items() if name.startswith(_CREDENTIALS) and not value]:
@@ -94,7 +99,7 @@ def require_nats(
     Raises:
         UsageError: the runtime can't use them.
     """
-    if (is_tls or tls_required) and installed is not None and installed < _NATS_TLS_SINCE:
+    if (is_tls or tls_required) and installed is not None and not has_nats_tls(installed):
         raise UsageError(
             f"this NATS needs TLS, which Dynamo's runtime {'.'.join(map(str, installed))} can't do",
             expected="ai-dynamo-runtime 1.5 or newer, or a NATS without TLS",

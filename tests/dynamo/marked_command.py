@@ -52,7 +52,9 @@ class MarkedCommand:
         self._out, self._err = folder / f"out-{run[:6]}", folder / f"err-{run[:6]}"
         # the model that is converted once, for all runs; without it each would leave 540 MB in its own HOME
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), "HOME": str(self.home), MARK: run}
+        # with another Dynamo, as .ci/newer-runtime lays it over the installed one
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        own = {"PYTHONPATH": path, "TMPDIR": str(self.temporary), "HOME": str(self.home), MARK: run}
         own["XDG_CACHE_HOME"] = cache
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(

@@ -26,6 +26,7 @@ from dynamo_mpi.deploy.local.stack import LocalStack, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.runtime_compat import has_nats_tls, runtime_version
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
@@ -88,10 +89,13 @@ def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
 
 
 def test_nats_plane_answers_too(tmp_path: Path) -> None:
-    with LocalCommand(tmp_path, "--request-plane", "nats", "--ask", QUESTION) as command:
+    with LocalCommand(tmp_path, "--request-plane", "nats", "--verbose", "--ask", QUESTION) as command:
         assert command.wait() == 0, command.err
         command.assert_nothing_left()
         assert "Paris" in command.out
+        # with TLS where Dynamo's runtime has it
+        assert f"nats at {'tls' if has_nats_tls(runtime_version()) else 'nats'}://" in command.err
+        assert "eof_received" not in command.err
 
 
 @pytest.mark.landing("agg")

@@ -7,15 +7,21 @@ import itertools
 import json
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from dynamo_mpi.common.credentials import read_services_file, usable
 from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.deploy.certificates import make_credentials
+from dynamo_mpi.discovery.endpoints import read_address
 from dynamo_mpi.discovery.nats_auth import NatsAuth
+from dynamo_mpi.discovery.nats_check import check_nats
 from dynamo_mpi.discovery.nats_publisher import Message, NatsPublisher
 from tests.certificates import certificates
 from tests.nats_keys import Operator, identity
@@ -219,6 +225,42 @@ def test_with_an_nkey_or_a_credentials_file(line: Make, said: list[str], tmp_pat
             assert time.monotonic() - begin < 9, "NATS has confirmed it"
             sending.close(10)
             assert said == []
+
+
+def log_in(server: str, auth: NatsAuth) -> None:
+    """Log in as a rank does to see whether NATS can be used, for a version of Dynamo's runtime that isn't known."""
+    check_nats(read_address(server, 4222, ("nats", "tls"), "NATS_SERVER"), auth, auth.tls(), time.monotonic() + 10)
+
+
+def test_a_jobs_own_nats_with_tls(line: Make, said: list[str], tmp_path: Path) -> None:
+    """As ``head_node`` starts it for runtimes that can: this job's authority alone, by a services file, and no plain connection."""
+    made = make_credentials(tmp_path, ("127.0.0.1",), nats_tls=True)
+    with running_nats(made.nats_config.read_text()) as url:
+        server = url.replace("nats:", "tls:")
+        file = tmp_path / "services.json"
+        file.write_text(json.dumps({"environment": {**made.client_environment, "NATS_SERVER": server}}))
+        environ = read_services_file(str(file))
+        log_in(server, NatsAuth.from_env(environ))
+        ours = line(server, **environ)
+        ours.send(message(1))
+        begin = time.monotonic()
+        ours.flush(10)
+        assert time.monotonic() - begin < 9
+        assert said == []
+        (tmp_path / "strangers").mkdir()
+        strangers = make_credentials(tmp_path / "strangers", ("127.0.0.1",), nats_tls=True).client_environment
+        for changes in ({"NATS_TLS_CA_CERT_PATH": ""}, usable(dict(strangers))):
+            with pytest.raises(ssl.SSLError, match="certificate verify failed"):
+                log_in(server, NatsAuth.from_env({**environ, **changes}))
+        place = urlsplit(url)
+        with (
+            socket.create_connection((place.hostname or "", place.port or 0), 10) as plain,
+            plain.makefile("rb") as lines,
+        ):
+            assert lines.readline().startswith(b"INFO")
+            login = {"user": "dynamo", "pass": made.client_environment["NATS_AUTH_PASSWORD"]}
+            plain.sendall(f"CONNECT {json.dumps(login)}\r\nPING\r\n".encode())
+            assert b"PONG" not in lines.read()
 
 
 def test_over_tls_in_both_directions(line: Make, said: list[str], tmp_path: Path) -> None:
