@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,6 +92,26 @@ def listeners(table: str, port: int) -> list[Listener]:
         if len(columns) > 9 and columns[3] == _LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
             found.append(Listener(columns[9], int(columns[7])))
     return found
+
+
+def listening_at(pid: int) -> list[tuple[str, int]]:
+    """Return the addresses and ports at which a process itself listens, over TCP, sorted; empty if it can't be looked at."""
+    found = []
+    try:
+        sockets = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            # its own table, as it may be in another network namespace
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                columns = line.split()
+                if columns[3] == _LISTEN and f"socket:[{columns[9]}]" in sockets:
+                    address, _, port = columns[1].partition(":")
+                    # words of 32 bits in the host's order
+                    words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
+                    packed = struct.pack(f"={len(words)}I", *words)
+                    found.append((socket.inet_ntop(family, packed), int(port, 16)))
+    except (OSError, IndexError, ValueError):
+        return sorted(found)
+    return sorted(found)
 
 
 def holds_port(pid: int, port: int) -> bool:

@@ -100,18 +100,34 @@ def load_mpi_library() -> str:
         ) from None
 
 
-def init_mpi(*, alone: bool = False, local_size: int | None = None) -> World:
+_SHARED_MEMORY_PER_RANK = 32 << 20  # twice what Open MPI 4 and 5 take
+
+
+def _has_shared_memory(ranks: int) -> bool:
+    """Return whether /dev/shm has room for the ranks of this node: where it hasn't, Open MPI needs TCP between them."""
+    try:
+        room = os.statvfs("/dev/shm")  # noqa: S108 - nothing is written
+    except OSError:
+        return False
+    return room.f_bavail * room.f_frsize >= ranks * _SHARED_MEMORY_PER_RANK
+
+
+def init_mpi(*, alone: bool = False, size: int = 0, local_size: int | None = None) -> World:
     """Start MPI and return the world. Collective; call it only once.
 
     Args:
         alone: whether no launcher has started this rank.
-        local_size: number of ranks on this node; None if it isn't known.
+        size: number of ranks according to the launcher; 0 if it isn't known.
+        local_size: number of those on this node; None if it isn't known.
 
     Raises:
         LaunchError: the MPI library doesn't support MPI_THREAD_MULTIPLE, which the engines need.
     """
     from mpi4py import MPI
 
+    if local_size is not None and local_size == size and _has_shared_memory(size):
+        # Open MPI listens at all addresses for TCP, whatever its parameters, and no rank of this world needs it
+        os.environ.setdefault("OMPI_MCA_btl", "^tcp" if size > 1 else "self")
     if alone:
         # without a launcher, Open MPI's shared memory for local ranks would remain: 16 MiB of /dev/shm per start
         os.environ.setdefault("OMPI_MCA_btl", "self")

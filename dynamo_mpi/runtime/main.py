@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(endpoint, DynamoMpiError):
                 raise endpoint
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
-            world = init_mpi(alone=alone, local_size=launch.local_size)
+            world = init_mpi(alone=alone, size=launch.size, local_size=launch.local_size)
             if launch.launcher in MPICH_LAUNCHERS and launch.size > 1:
                 from dynamo_mpi.supervisor.leftovers import segments_of
 

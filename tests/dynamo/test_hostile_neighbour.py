@@ -23,7 +23,7 @@ from dynamo_mpi.deploy.certificates import make_certificates
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
-from tests.conftest import ROOT
+from dynamo_mpi.ops.listeners import find_listeners
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import RunningWorker, eventually, listening, pem_lines, started_with
 from tests.dynamo.test_head_node import ask, nats_says
@@ -216,40 +216,14 @@ def test_nats_takes_nobody_without_this_jobs_password(deployment: Deployment) ->
         assert "Authorization Violation" in nats_says(server, name, password)
 
 
-KINDS = {
-    "etcd": "--listen-client-urls",
-    "NATS": "nats-server",
-    "frontend": "dynamo.frontend",
-    "mpirun": "--leave-session-attached",
-    "rank": "dynamo_mpi.worker",
-}
-
-
-def kind_of(pid: int) -> str:
-    """Return what a process of the deployment is, as docs/concepts/security.md names it."""
-    if Path(f"/proc/{pid}/comm").read_text().strip() in ("mpirun", "prterun", "orterun"):
-        return "mpirun"
-    command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-    return next((kind for kind, sign in KINDS.items() if sign in command), "other")
-
-
-def place_of(address: str) -> str:
-    """Return where a process listens, as docs/concepts/security.md names it."""
-    return {"0.0.0.0": "all addresses", "127.0.0.1": "loopback"}.get(address, "the job's address")  # noqa: S104 - nothing is bound
-
-
 def test_the_table_of_listeners_is_what_listens(deployment: Deployment) -> None:
-    pids = {*deployment.head.survivors(), *session_members(deployment.worker.process.pid), *deployment.worker.ranks()}
-    seen = {(kind_of(pid), place_of(address)) for pid in pids for address, _ in listening([pid])}
-    page = (ROOT / "docs/concepts/security.md").read_text().partition("## What listens")[2].partition("\n## ")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
-    ]
-    documented = {(row[0], row[1]) for row in rows[1:]}
-    assert {kind for kind, _ in seen} >= {"etcd", "NATS", "frontend", "rank"}
-    assert {kind for kind, _ in seen} <= {kind for kind, _ in documented}
-    everywhere = "all addresses"
-    kinds = {kind for kind, _ in seen}
-    assert {kind for kind, place in seen if place == everywhere} == {
-        kind for kind, place in documented if place == everywhere and kind in kinds
+    worker = [*session_members(deployment.worker.process.pid), *deployment.worker.ranks()]
+    found = {(each.kind, each.everywhere): each for each in find_listeners({*deployment.head.survivors(), *worker})}
+    assert found.keys() == {
+        *(("etcd", False), ("NATS", False), ("frontend", False), ("rank", False)),
+        *(("mpirun", False), ("mpirun", True)),
     }
+    assert all(each.rows for each in found.values())
+    # what the kernel says, read in another way
+    ports = listening([pid for pid in worker if pid != deployment.worker.process.pid])
+    assert {f"{address}:{port}" for address, port in ports} == set(found["rank", False].places)

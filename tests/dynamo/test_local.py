@@ -27,6 +27,7 @@ from dynamo_mpi.deploy.local.workers import WorkerSpec
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.runtime_compat import has_nats_tls, runtime_version
+from dynamo_mpi.ops.listeners import find_listeners
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
@@ -64,6 +65,9 @@ def test_no_other_user_or_host_can_use_its_services(tmp_path: Path) -> None:
         secrets = [environment["NATS_AUTH_PASSWORD"], *pem_lines(environment["ETCD_AUTH_CLIENT_KEY"])]
         assert len(names) >= 9
         assert started_with(names, secrets) == {}
+        found = find_listeners(names)
+        assert {each.kind for each in found} == {"etcd", "NATS", "frontend", "rank", "mpirun"}
+        assert [each for each in found if not each.rows] == []
         etcd = re.search(r"etcd at (\S+)", command.err)
         assert etcd is not None
         with contextlib.closing(GrpcEtcdClient([etcd[1]], EtcdAuth(), 2)) as client, pytest.raises(DynamoMpiError):

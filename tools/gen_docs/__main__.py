@@ -6,9 +6,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tools.gen_docs import command_line, engine_configs, exit_codes, record, rules, settings
+from tools.gen_docs import command_line, engine_configs, exit_codes, record, rules, security, settings
 
 PAGES = {
+    "concepts/security.md": security.render,
     "../engine_configs/README.md": engine_configs.render,
     "reference/command-line.md": command_line.render,
     "reference/exit-codes.md": exit_codes.render,
