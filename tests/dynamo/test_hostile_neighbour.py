@@ -186,7 +186,7 @@ def test_nobody_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:
     # the listener is closed: all ranks have joined
     assert [answer for answer in found["ports"].values() if answer.startswith("liveness")] == []
     # the requests' port is Dynamo's: who reaches it may ask, so it has to be one that only the cluster reaches
-    assert len(found["ports"]) > 1
+    assert found["ports"]
 
 
 def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment, tmp_path: Path) -> None:
