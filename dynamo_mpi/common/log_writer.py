@@ -13,7 +13,7 @@ import time
 from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
-from dynamo_mpi.common.own_files import OwnFolder, open_own, reason
+from dynamo_mpi.common.own_files import OwnFolder, make_folder, open_own, reason
 from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class LogFile:
             self._descriptor = -1
 
     def _open(self) -> None:
-        folder = os.path.dirname(self.path)
-        if folder:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+        make_folder(os.path.dirname(self.path))
         self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._bytes = os.fstat(self._descriptor).st_size
 

@@ -71,15 +71,16 @@ class OwnFolder:
     Args:
         path: the directory.
         guarded: it must be this user's, and no other user may write in it or replace it.
+        create: create it and the directories before it, for this user only, where they don't exist.
 
     Raises:
         UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` requires.
         OSError: it can't be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, guarded: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, guarded: bool = False, create: bool = False) -> None:
         self.path = os.fspath(path)
-        self._descriptor = _walk(self.path, guarded)
+        self._descriptor = _walk(self.path, guarded=guarded, create=create)
 
     @classmethod
     def _of(cls, path: str, descriptor: int) -> OwnFolder:
@@ -226,6 +227,11 @@ class OwnFolder:
             return False
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Create a directory, and those before it, where they don't exist; links of others aren't followed, see `OwnFolder`."""
+    OwnFolder(os.fspath(path) or ".", create=True).close()
+
+
 def open_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
     """Open a file by its path, see `OwnFolder.open`."""
     with _parent(path) as (folder, name):
@@ -263,8 +269,8 @@ def _parent(path: str | os.PathLike[str]) -> Iterator[tuple[OwnFolder, str]]:
         yield folder, name
 
 
-def _walk(path: str, guarded: bool) -> int:
-    """Return the descriptor of a directory."""
+def _walk(path: str, *, guarded: bool, create: bool) -> int:
+    """Return the descriptor of a directory, see `OwnFolder`."""
     # the current folder may be gone, and an absolute path doesn't need it
     whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
     parts = [part for part in whole.split("/") if part][::-1]
@@ -276,7 +282,7 @@ def _walk(path: str, guarded: bool) -> int:
             name = parts.pop()
             try:
                 # the flag has automounts mounted
-                following = os.open(name, _STEP | os.O_DIRECTORY, dir_fd=here)
+                following = _step(name, here, create=create)
             except NotADirectoryError:
                 links += 1
                 target = _target(os.path.join(place, name), name, here, links)
@@ -292,6 +298,18 @@ def _walk(path: str, guarded: bool) -> int:
         os.close(here)
         raise
     return here
+
+
+def _step(name: str, parent: int, *, create: bool) -> int:
+    """Open a directory in another one."""
+    try:
+        return os.open(name, _STEP | os.O_DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        if not create:
+            raise
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=parent)
+    return os.open(name, _STEP | os.O_DIRECTORY, dir_fd=parent)
 
 
 def _target(path: str, name: str, parent: int, links: int) -> str:

@@ -70,8 +70,7 @@ class _HeldFolder:
         self.path = path
         try:
             with contextlib.ExitStack() as stack:
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._folder = stack.enter_context(open_run_dir(path))
+                self._folder = stack.enter_context(open_run_dir(path, create=True))
                 self._lock = _take_lock(self._folder, lock, held, warn)
                 stack.callback(os.close, self._lock)
                 owner = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id}
@@ -241,8 +240,7 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
         report: its report.
     """
     with contextlib.suppress(OSError, DynamoMpiError), contextlib.ExitStack() as stack:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = stack.enter_context(open_run_dir(path))
+        folder = stack.enter_context(open_run_dir(path, create=True))
         lock = _take_lock(folder, LOCK, ("", ""), lambda text: None)
         stack.callback(os.close, lock)
         _write_end(folder, exit_code, report)

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 DEPLOYMENT, ENDED, LOCK, STOP = "deployment.json", "ended.json", "lock", "stop"
 
 
-def open_run_dir(path: Path) -> OwnFolder:
+def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
     """Open a run folder: it must be this user's alone, and no other user may replace it.
+
+    Args:
+        path: the folder.
+        create: create it, and the directories before it, where they don't exist.
 
     Raises:
         AuthorizationError: it is another user's, or this user may not read it.
@@ -28,7 +32,7 @@ def open_run_dir(path: Path) -> OwnFolder:
         OSError: it doesn't exist, or can't be opened.
     """
     try:
-        return OwnFolder(path, guarded=True)
+        return OwnFolder(path, guarded=True, create=create)
     except PermissionError as error:
         raise _refusal(path, error) from None
 

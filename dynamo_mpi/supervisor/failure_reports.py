@@ -115,14 +115,14 @@ def write_failure(
     if not rendezvous.failure_dir:
         return
     # not before a failure: what an agent imports delays its watch
-    from dynamo_mpi.common.own_files import reason, write_own
+    from dynamo_mpi.common.own_files import make_folder, reason, write_own
 
     content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(rendezvous, failure.rank if by is None else by)
     try:
         if keep and path.exists():
             return
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_own(path, f"{json.dumps(content)}\n".encode())
     except OSError as error:
         from dynamo_mpi.supervisor.agent_socket import warn

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.own_files import reason, remove_own, write_own
+from dynamo_mpi.common.own_files import make_folder, reason, remove_own, write_own
 from dynamo_mpi.common.redact import safe_first_line
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ def write_timeline(path: Path, traces: Sequence[StartupTrace]) -> None:
     from dynamo_mpi.telemetry.timeline_page import page
     from dynamo_mpi.telemetry.timeline_text import perfetto_trace
 
-    # a file where the folder should be: the write below reports it
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(mode=0o700, parents=True)
+    make_folder(path.parent)
     write_own(path, page(traces).encode(errors="replace"))
     write_own(perfetto_path(path), f"{json.dumps(perfetto_trace(traces), separators=(',', ':'))}\n".encode())
 

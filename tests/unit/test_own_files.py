@@ -15,6 +15,7 @@ from dynamo_mpi.common.own_files import (
     ForeignFileError,
     OwnFolder,
     UnsafeFileError,
+    make_folder,
     open_own,
     read_own,
     remove_own,
@@ -249,3 +250,31 @@ def test_what_a_neighbour_planted_is_not_opened(shared: Path, plant: Callable[[P
     as_neighbour(lambda: plant(shared / "x"))
     with pytest.raises(UnsafeFileError):
         open_own(shared / "x", flags)
+
+
+def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
+    made = tmp_path / "a" / "b"
+    make_folder(made)
+    make_folder(made)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (made, made.parent)] == [0o700, 0o700]
+    (tmp_path / "own").symlink_to(tmp_path / "c" / "d")
+    make_folder(tmp_path / "own" / "e")
+    assert (tmp_path / "c" / "d" / "e").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file" / "x")
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["link", "link/deeper", "dangling", "dangling/deeper"])
+def test_no_folder_is_made_through_a_neighbours_link(shared: Path, tmp_path: Path, name: str) -> None:
+    def plant() -> None:
+        os.symlink(tmp_path, shared / "link")
+        os.symlink(tmp_path / "new", shared / "dangling")
+
+    as_neighbour(plant)
+    with pytest.raises(UnsafeFileError, match=f"is a link of user {NOBODY}"):
+        make_folder(shared / name)
+    with pytest.raises(UnsafeFileError, match=f"is a link of user {NOBODY}"):
+        OwnFolder(shared / name, guarded=True, create=True)
+    assert os.listdir(tmp_path) == []
