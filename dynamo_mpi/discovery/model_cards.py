@@ -24,6 +24,7 @@ _ALGORITHM = "blake3:"
 # a worker's card names it if it is there
 _TEMPLATE = "chat_template.jinja"
 _SHOWN = 20
+_MAX_BYTES = 1 << 28
 
 
 class CardFile(NamedTuple):
@@ -154,10 +155,11 @@ class PlannedCard:
 
 def _read(path: Path) -> CardFile | None:
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
+        # a card that names the weights isn't Dynamo's
+        return CardFile(size, _checksum(path.read_bytes()) if size <= _MAX_BYTES else "")
     except OSError:
         return None
-    return CardFile(len(data), _checksum(data))
 
 
 def _checksum(data: bytes) -> str:

@@ -163,7 +163,26 @@ VARIABLES = (
         "user → `dynamo.trtllm`",
         "1: images may come from `http://` and from private addresses",
     ),
-    Variable(("MODALITY",), "user → `dynamo.trtllm`", "`text` or `multimodal`"),
+    Variable(
+        ("MODALITY",),
+        "user → worker, `dynamo.trtllm`",
+        "`text` or `multimodal`; a TensorRT-LLM worker refuses modalities that generate images or videos",
+    ),
+    Variable(
+        ("DYN_CUSTOM_JINJA_TEMPLATE",),
+        "user → worker, `dynamo.trtllm`",
+        "a chat template that replaces the model folder's, also where model cards are compared",
+    ),
+    Variable(
+        ("TRTLLM_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS"),
+        "user → ranks",
+        "a folder for the caches of TensorRT-LLM and the ranks' FlashInfer workspaces; one workspace for all ranks; 0: FlashInfer's own",
+    ),
+    Variable(
+        ("FLASHINFER_CUBIN_DIR", "TRTLLM_FLASHINFER_WORKSPACE_MANAGED"),
+        "ranks → FlashInfer, TensorRT-LLM",
+        "set with a rank's workspace, as TensorRT-LLM's launcher does; the first only where the user hasn't",
+    ),
     Variable(
         ("DISAGGREGATION_MODE",),
         "user → `start_worker.sh`",
