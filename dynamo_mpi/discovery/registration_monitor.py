@@ -42,6 +42,7 @@ class RegistrationMonitor:
         pauses: whether the worker deregisters itself at times, as ``dynamo.trtllm`` does while its memory is released: then an
             instance that is missing while its model exists isn't written again, and if both are missing, they are written only after the
             time that the worker may take to end by itself.
+        has_failed: returns whether a failure ends the worker: its lease is then revoked on purpose, and its loss is no news.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class RegistrationMonitor:
         log: RankLogger,
         *,
         pauses: bool = False,
+        has_failed: Callable[[], bool] = lambda: False,
     ) -> None:
         self._path = endpoint.removeprefix("dyn://").replace(".", "/")
         self._environ, self._timeout, self._log, self._pauses = environ, timeout, log, pauses
+        self._has_failed = has_failed
         self._etcd: GrpcEtcdClient | None = None
         # until etcd has reported it: an etcd that hangs from the start is noticed too
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
@@ -109,7 +112,7 @@ class RegistrationMonitor:
             error = self._look()
             if error is None:
                 self._stopped.wait(self._seconds / 3)
-        if error is not None and not self._stopped.is_set():
+        if error is not None and not self._stopped.is_set() and not self._has_failed():
             on_lost(error)
 
     def _look(self) -> RetryableError | None:

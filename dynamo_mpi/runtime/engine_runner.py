@@ -111,7 +111,13 @@ class EngineRunner:
         # in a thread, while the requests in flight get the error
         engine.on_failure(lambda _: threading.Thread(target=instance_lease.revoke, daemon=True).start())
         engine.start()
-        monitor = RegistrationMonitor(settings.endpoint, clients_environ(), settings.probe_timeout, self._log)
+        monitor = RegistrationMonitor(
+            settings.endpoint,
+            clients_environ(),
+            settings.probe_timeout,
+            self._log,
+            has_failed=self._supervisor.failed.is_set,
+        )
         code = ExitCode.OK
         try:
             with self._phases.enter("warmup"):

@@ -93,7 +93,12 @@ class TrtllmRunner(WorkerHook):
         self._registered = False
         settings = worker.settings
         self._monitor = RegistrationMonitor(
-            settings.endpoint, clients_environ(), settings.probe_timeout, self._log, pauses=True
+            settings.endpoint,
+            clients_environ(),
+            settings.probe_timeout,
+            self._log,
+            pauses=True,
+            has_failed=worker.supervisor.failed.is_set,
         )
         self._child: TrtllmProcess | None = None
         self._stop_timer: threading.Timer | None = None

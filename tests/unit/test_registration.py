@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,6 +154,22 @@ def test_a_lease_that_is_lost_is_told_once(etcd: str, watched: Watched) -> None:
     assert "etcd has lost this worker's lease" in error.problem
     with pytest.raises(queue.Empty):
         watched.lost.get(timeout=2 * SECONDS)
+
+
+def test_a_lease_that_is_revoked_because_of_a_failure_is_not_lost(etcd: str) -> None:
+    """Rank 0 revokes it as soon as it sees a rank die; that must not begin a drain while the report is written."""
+    worker, lost = Registered(etcd, SECONDS), queue.SimpleQueue[RetryableError]()
+    variables = {"ETCD_ENDPOINTS": etcd, "ETCD_LEASE_TTL": str(SECONDS)}
+    failed = threading.Event()
+    monitor = RegistrationMonitor(ENDPOINT, variables, 1, RecordedLog(), has_failed=failed.is_set)
+    monitor.start(worker.lease.id, lost.put)
+    failed.set()
+    worker.etcd.revoke(worker.lease.id, 5)
+    assert monitor._thread is not None
+    # it ends when it has seen that the lease is gone
+    monitor._thread.join(20)
+    assert not monitor._thread.is_alive()
+    assert lost.empty()
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["hangs", "is away"])
