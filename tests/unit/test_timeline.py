@@ -252,6 +252,21 @@ def test_no_text_becomes_a_part_of_the_page() -> None:
     assert "default-src 'none'" in written
 
 
+def test_a_phase_of_milliseconds_can_be_seen() -> None:
+    """16 ms of register in a start of minutes: less than a tenth of a pixel, and the next phase's bar is drawn over it."""
+    spans = (Span("load", 0.0, None, 300.0), Span("register", 300.0, None, 0.016), Span("serve", 300.016, None, None))
+    start = replace(
+        start_of(1), ranks=(RankTimings(0, "n1", BEGAN, spans),), ready=BEGAN + 300.1, written=BEGAN + 301.0
+    )
+    written = page([start])
+    bars = re.findall(r'<rect class="b [^"]*" x="([\d.]+)" width="([\d.]+)"><title>0 n1: (\w+)', written)
+    assert [(name, float(width) >= 2) for _, width, name in bars] == [
+        ("load", True),
+        ("serve", True),
+        ("register", True),
+    ]
+
+
 @pytest.mark.parametrize(
     "start", [start_of(3, 3, load=2.5), start_of(512), start_of(512, 1)], ids=["3", "512", "1 a node"]
 )
