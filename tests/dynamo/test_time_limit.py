@@ -23,7 +23,9 @@ DRAIN = 1
 NEEDED = {"reference": DRAIN + 30, "trtllm": DRAIN + DRAIN + 30 + 60}
 # on a busy machine a worker may be ready this late
 START_SECONDS = 30
-TRTLLM = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+TRTLLM = ("--engine", "trtllm", "--allow-no-gpu", "--max-batch-size", "2")
+# two workers of one name have one model card
+CONTEXT = ("--max-seq-len", "512")
 Start = Callable[..., RunningWorker]
 
 
@@ -36,7 +38,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
         if kind == "trtllm":
             paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        words = (*(TRTLLM if kind == "trtllm" else ()), "--drain-timeout", str(DRAIN), *flags)
+        words = (*CONTEXT, *(TRTLLM if kind == "trtllm" else ()), "--drain-timeout", str(DRAIN), *flags)
         environment |= {"OMP_NUM_THREADS": "1"}
         workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *words, name=kind, **environment))
         return workers[-1]
