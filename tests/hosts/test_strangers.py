@@ -95,6 +95,14 @@ for _ in range(int(count)):
 """
 
 
+PROBE = """
+import sys, urllib.request
+for _ in range(int(sys.argv[1])):
+    for host in sys.argv[2:]:
+        print(urllib.request.urlopen(f"http://{host}:9345/live", timeout=10).status, flush=True)
+"""
+
+
 class Strangers:
     """Another user's process on the third host; it is told each port of the others as soon as it is open.
 
@@ -161,20 +169,24 @@ def head_node(hosts: Hosts, run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 class Worker:
-    """A worker with a rank on each of two hosts.
+    """A worker with a rank on each of some hosts.
 
     Args:
         hosts: running.
         folder: for its files.
         model: the model's folder.
         services: the services file.
+        role: of the worker.
+        on: the hosts of its ranks.
     """
 
-    def __init__(self, hosts: Hosts, folder: Path, model: Path, services: Path) -> None:
+    def __init__(
+        self, hosts: Hosts, folder: Path, model: Path, services: Path, *, role: str = "agg", on: Sequence[str]
+    ) -> None:
         folder.mkdir()
         self._hosts, self._ready, self._log = hosts, folder / "ready.json", folder / "log"
         config = folder / "engine.yaml"
-        config.write_text("tensor_parallel_size: 1\npipeline_parallel_size: 2\n")
+        config.write_text(f"tensor_parallel_size: 1\npipeline_parallel_size: {len(on)}\n")
         own = {
             **OUR_MODULES,
             SERVICES_FILE: str(services),
@@ -183,14 +195,14 @@ class Worker:
             "DYN_SYSTEM_PORT": "9345",
             "OMPI_MCA_mpi_yield_when_idle": "1",
         }
-        placed = ("--host", f"{FIRST}:1,{SECOND}:1", "--map-by", "ppr:1:node")
+        placed = ("--host", ",".join(f"{host}:1" for host in on), "--map-by", "ppr:1:node")
         exported = [word for name in sorted(own) for word in ("-x", name)]
-        worker = (sys.executable, "-m", "dynamo_mpi.worker", "--engine", "reference", "--model", model)
+        worker = (sys.executable, "-m", "dynamo_mpi.worker", "--engine", "reference", "--role", role, "--model", model)
         files = ("--engine-config", config, "--ready-file", self._ready, "--failure-dir", folder / "failures")
         words = (find_mpirun(), "--prtemca", "plm_ssh_agent", hosts.agent, *placed, *exported, *worker, *files)
         with self._log.open("wb") as output:
             environment = {**mpi_environment(), **own}
-            self.process = hosts.popen(FIRST, [str(word) for word in words], environment, stdout=output, stderr=output)
+            self.process = hosts.popen(on[0], [str(word) for word in words], environment, stdout=output, stderr=output)
 
     def text(self) -> str:
         return self._log.read_text(errors="replace")
@@ -218,18 +230,25 @@ def words_of(pid: int) -> Sequence[bytes]:
         return [b""]
 
 
+def ask(hosts: Hosts, url: str, model: str) -> tuple[list[str], str]:
+    """Return what each of `REQUESTS` requests has brought, and the client's errors."""
+    done = hosts.run(FIRST, [sys.executable, "-S", "-c", ASK, url, model, str(REQUESTS)], timeout=150)
+    return done.stdout.split(), done.stderr
+
+
 def test_strangers_at_every_port_change_nothing(make_hosts: MakeHosts, tmp_path: Path, model_dir: Path) -> None:
     hosts = make_hosts(3)
     run_dir = tmp_path / "run"
     with head_node(hosts, run_dir) as services:
         strangers = Strangers(hosts)
-        worker = Worker(hosts, tmp_path / "worker", model_dir, run_dir / "services.json")
+        worker = Worker(hosts, tmp_path / "worker", model_dir, run_dir / "services.json", on=(FIRST, SECOND))
         try:
             worker.ready()
-            asked = hosts.run(
-                FIRST, [sys.executable, "-S", "-c", ASK, services["url"], model_dir.name, str(REQUESTS)], timeout=120
-            )
-            assert asked.stdout.split() == ["4"] * REQUESTS, f"{asked.stderr}\n{worker.text()}"
+            tokens, problem = ask(hosts, services["url"], model_dir.name)
+            assert tokens == ["4"] * REQUESTS, f"{problem}\n{worker.text()}"
+            places = [hosts.address(FIRST), hosts.address(SECOND)]
+            probed = hosts.run(FIRST, [sys.executable, "-S", "-c", PROBE, str(REQUESTS), *places])
+            assert probed.stdout.split() == ["200"] * 2 * REQUESTS, probed.stderr
 
             found = strangers.listeners()
             assert [each for _, each in found if not each.rows] == []
@@ -249,7 +268,31 @@ def test_strangers_at_every_port_change_nothing(make_hosts: MakeHosts, tmp_path:
         finally:
             worker.process.end()
             numbers = strangers.end()
-        # it was there, as somebody else, and the ports that exist only during the start were no exception
+        # it was there, as somebody else, also at ports that exist only during the start
         assert numbers["uid"] == NOBODY
         assert numbers["opened"] >= CONNECTIONS * len(strangers.seen) > 5 * CONNECTIONS
         assert {"etcd", "frontend", "rank", "node agent", "mpirun"} <= {kind for kind, _ in strangers.kinds}
+
+
+@pytest.mark.full
+def test_strangers_lose_no_request_of_a_pair(make_hosts: MakeHosts, tmp_path: Path, model_dir: Path) -> None:
+    """Of those at the prefill worker's KV port, among others."""
+    hosts = make_hosts(3)
+    run_dir = tmp_path / "run"
+    with head_node(hosts, run_dir) as services:
+        strangers = Strangers(hosts)
+        workers = [
+            Worker(hosts, tmp_path / role, model_dir, run_dir / "services.json", role=role, on=(host,))
+            for role, host in (("prefill", FIRST), ("decode", SECOND))
+        ]
+        try:
+            for worker in workers:
+                worker.ready()
+            tokens, problem = ask(hosts, services["url"], model_dir.name)
+            texts = "\n".join(worker.text() for worker in workers)
+            assert tokens == ["4"] * REQUESTS, f"{problem}\n{texts}"
+        finally:
+            for worker in workers:
+                worker.process.end()
+            numbers = strangers.end()
+        assert numbers["opened"] > 5 * CONNECTIONS
