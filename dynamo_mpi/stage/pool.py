@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 SLOW_FACTOR, SLOW_SECONDS = 3.0, 2.0
 """An extent is given to a second node if reading it takes longer than this many times the mean, and at least this long."""
-WAY_SECONDS = 1.0
-"""How long a starved node waits for an extent that another one has read: on a network that is no bottleneck, it takes less."""
+WAY_FACTOR, WAY_SECONDS = 0.25, 1.0
+"""How long a starved node waits for an extent that another one has read: this share of the time since the start, and at least this long."""
 
 
 class _Reading(NamedTuple):
@@ -37,7 +37,7 @@ class Pool:
         self._typical = max(lengths, default=0) // 2
         self._reading: dict[int, _Reading] = {}
         self._read: dict[int, float] = {}
-        self._times = self._seconds = 0.0
+        self._times = self._seconds = self._began = 0.0
 
     def next(self, node: int, now: float, wanted: Sequence[int] = ()) -> int | None:
         """Return the extent that a node is to read now; None if there is none for it at the moment.
@@ -47,6 +47,7 @@ class Pool:
             now: monotonic seconds.
             wanted: extents that it would rather read by itself than wait for, once others have read them.
         """
+        self._began = self._began or now
         if self._next < len(self._lengths):
             extent = self._next
             self._next += 1
@@ -59,7 +60,8 @@ class Pool:
             if reading.node != node and not reading.second and now - reading.since > slow:
                 self._reading[extent] = reading._replace(second=True)
                 return extent
-        return next((each for each in wanted if now - self._read.get(each, now) > WAY_SECONDS), None)
+        way = max(WAY_SECONDS, WAY_FACTOR * (now - self._began))
+        return next((each for each in wanted if now - self._read.get(each, now) > way), None)
 
     def done(self, extent: int, now: float) -> None:
         """Note that an extent has been read. Unknown ones are ignored."""

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 _IDLE_SECONDS = 0.1
 _REPORT_SECONDS = 0.5
-_RATE_SECONDS = 2.0
+_ANSWER_SECONDS = 2.0
+_STALLED_SECONDS = 5.0
 _FASTER = 1.5
 _MAX_WANTED = 64
 _SYNCERS = 2
@@ -83,9 +84,7 @@ class Transfer:
         self._streams: list[socket.socket] = []
         self._end: tuple[str, ...] | None = None
         self._pool_empty = False
-        self._began = time.monotonic()
-        self._reading_ended = 0.0
-        self._samples: deque[tuple[float, int]] = deque(maxlen=int(_RATE_SECONDS / _REPORT_SECONDS))
+        self._samples: deque[int] = deque(maxlen=int(_STALLED_SECONDS / _REPORT_SECONDS))
         self.read = self.received = self.sent = 0
 
     def start(self) -> None:
@@ -161,7 +160,7 @@ class Transfer:
             self._channel.send(kind, text)
             # the coordinator answers with the first failure of all; if it is gone, this one counts
             with self._lock:
-                self._lock.wait_for(lambda: self._end is not None, _RATE_SECONDS)
+                self._lock.wait_for(lambda: self._end is not None, _ANSWER_SECONDS)
             self._finish((kind, text))
 
     def _finish(self, end: tuple[str, ...]) -> None:
@@ -181,7 +180,7 @@ class Transfer:
     def _report(self) -> None:
         while self._end is None:
             self._channel.send("progress", self._holdings.size, self.read)
-            self._samples.append((time.monotonic(), self.received))
+            self._samples.append(self.received)
             time.sleep(_REPORT_SECONDS)
 
     # reading
@@ -192,9 +191,7 @@ class Transfer:
             self._channel.send("want", *self._wanted())
             number = self._grants.get()
             if number is None or not 0 <= number < len(self._holdings.extents):
-                with self._lock:
-                    if not self._pool_empty:
-                        self._pool_empty, self._reading_ended = True, time.monotonic()
+                self._pool_empty = True
                 time.sleep(_IDLE_SECONDS)
                 continue
             self._read_one(number, buffer)
@@ -233,14 +230,12 @@ class Transfer:
             self._arrived(number, digest.hexdigest(), self._place.node)
 
     def _wanted(self) -> list[int]:
-        """Return extents that this node would read faster than its predecessor sends them: the newest, which come last."""
+        """Return extents that this node had rather read by itself: if its predecessor sends less than it has read, or nothing."""
         if not self._pool_empty:
             return []
         with self._lock:
-            at, received = self._samples[0] if self._samples else (self._began, 0)
-            receiving = (self.received - received) / max(time.monotonic() - at, 1e-3)
-            reading = self.read / max(self._reading_ended - self._began, 1e-3)
-            if reading < _FASTER * receiving:
+            is_stalled = self._samples.maxlen == len(self._samples) and self._samples[0] == self.received
+            if self.read < _FASTER * self.received and not is_stalled:
                 return []
             return self._holdings.missing(self._reading, _MAX_WANTED)
 

@@ -301,3 +301,8 @@ def test_a_starved_node_reads_again_what_others_have_read_long_ago() -> None:
         pool.done(extent, 0.1)
     assert pool.next(1, 0.2, [1, 0]) is None
     assert pool.next(1, 0.2 + WAY_SECONDS, [1]) == 1
+    late = Pool([8])
+    late.next(0, 1.0)
+    late.done(0, 100.0)
+    assert late.next(1, 100.2 + WAY_SECONDS, [0]) is None
+    assert late.next(1, 135.0, [0]) == 0
