@@ -132,8 +132,12 @@ class Srun:
             f"--wait={_WAIT_SECONDS}",
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
+        stage_dir = self.settings.stage_dir
+        ours = self
+        if self.container is not None and stage_dir is not None:
+            ours = replace(self, container=self.container.with_mount(str(stage_dir)))
         return _on_nodes(
-            self._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), worker.nodes
+            ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), worker.nodes
         )
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:

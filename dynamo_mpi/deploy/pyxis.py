@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import ExitCode, UsageError
@@ -41,6 +41,17 @@ class Container:
     image: str
     mounts: tuple[str, ...]
     variables: tuple[str, ...] = ()
+
+    def with_mount(self, folder: str) -> Container:
+        """Return the same container with a folder of the host at the same path, unless something is mounted there already.
+
+        Raises:
+            UsageError: it can't be mounted.
+        """
+        # a mount without a second part is at the same path
+        if any((entry.split(":") * 2)[1] == folder for entry in self.mounts):
+            return self
+        return replace(self, mounts=(*self.mounts, mount(folder, folder)))
 
     def options(self, variables: Iterable[str]) -> tuple[str, ...]:
         """Return srun's options.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, resolve, to_count, to_path, to_switch, to_text
+from dynamo_mpi.config.options import Option, resolve, to_count, to_folder, to_path, to_switch, to_text
 from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ OPTIONS: tuple[Option, ...] = (
         to_text,
         "what dynamo.trtllm takes: text, multimodal",
     ),
+    Option(
+        "stage_dir",
+        ("--stage-dir",),
+        ("STAGE_DIR",),
+        None,
+        to_folder,
+        "folder on a disk of each node: the nodes of a worker copy the model there, reading its own folder once (the worker's --stage); it "
+        "must be there, and is mounted into the image",
+    ),
     *(option for role in ROLES for option in _of_role(role)),
     Option(
         "gpus_per_node", ("--gpus-per-node",), ("NUM_GPUS_PER_NODE",), 4, to_count, "GPUs, and so ranks, of each node"
@@ -204,6 +213,7 @@ class LaunchSettings:
     model: str
     served_model_name: str | None
     modality: str | None
+    stage_dir: Path | None
     agg_engine_config: str | None
     agg_nodes: int
     agg_workers: int

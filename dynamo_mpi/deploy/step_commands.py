@@ -108,6 +108,7 @@ def worker_environment(settings: LaunchSettings) -> dict[str, str]:
         "MODEL_PATH": settings.model,
         "SERVED_MODEL_NAME": settings.served_model_name,
         "MODALITY": settings.modality,
+        "DYN_MPI_STAGE": None if settings.stage_dir is None else str(settings.stage_dir),
     }
     return {name: value for name, value in shared.items() if value is not None}
 

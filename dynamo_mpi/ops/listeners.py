@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.ports import ANY_ADDRESS, listening_at
+from dynamo_mpi.stage.helper import TITLE as STAGING_TITLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -99,6 +100,13 @@ LISTENERS = (
         )
     ),
     Listener(
+        "staging process",
+        _JOBS,
+        "the other nodes' staging processes",
+        "those with the staging's token",
+        ", with `--stage` in a world of several hosts, until all nodes have the model",
+    ),
+    Listener(
         "dynamo.trtllm",
         _JOBS,
         "Dynamo's request and response ports, the runtime's system port, events; what TensorRT-LLM opens for KV",
@@ -132,7 +140,8 @@ _WORDS = {
     b"dynamo_mpi.pods": "leader of pods",
     b"dynamo_mpi.worker": "rank",
 }
-_AGENT = b"dynamo_mpi: node agent on "
+# by the title that a process gives itself
+_TITLES = {b"dynamo_mpi: node agent on ": "node agent", STAGING_TITLE.encode(): "staging process"}
 
 
 def markdown_table() -> str:
@@ -153,8 +162,9 @@ def kind_of(pid: int) -> str | None:
         return "mpirun"
     if name.startswith("nats-server"):
         return "NATS"
-    if command.startswith(_AGENT):
-        return "node agent"
+    for title, kind in _TITLES.items():
+        if command.startswith(title):
+            return kind
     words = command.split(b"\0")
     return next((kind for word, kind in _WORDS.items() if word in words), None)
 

@@ -25,6 +25,8 @@ from dynamo_mpi.stage.store import State, Store
 from dynamo_mpi.stage.transfer import Place, Transfer
 from dynamo_mpi.stage.wire import CONTROL, LineChannel, Listener, Peer, connect_to
 
+TITLE = "dynamo_mpi: stages a model"
+"""The process's title."""
 DONE = "done"
 """How staging ends otherwise: this node has its copy."""
 _STREAMS = 4
@@ -251,7 +253,7 @@ class Helper:
 
 def main() -> None:
     """Run as a node's helper."""
-    set_process_title("dynamo_mpi: stages the model")
+    set_process_title(TITLE)
     raise_nofile_limit_to_hard()
     # a rank is often bound to one core; the kernel keeps this within the job's own
     with contextlib.suppress(OSError):

@@ -51,6 +51,7 @@ CASES = (
             **JOB,
             "IMAGE": "/images/dynamo trtllm.sqsh",
             "MOUNTS": "/lustre:/lustre,/checkout:/mnt",
+            "STAGE_DIR": "/local/scratch",
             "TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         },
     ),

@@ -135,3 +135,12 @@ def test_a_file_in_this_folder_gets_its_whole_path(tmp_path: Path, monkeypatch: 
 def test_a_path_with_pyxis_own_characters_is_refused(path: str) -> None:
     with pytest.raises(UsageError, match="reads commas and colons as separators"):
         mount(path, "/x")
+
+
+def test_a_folder_for_copies_is_mounted_unless_it_is_already() -> None:
+    container = Container("image", ("/shared:/shared", "/scratch"))
+    assert container.with_mount("/local").mounts == ("/shared:/shared", "/scratch", "/local:/local")
+    for folder in ("/shared", "/scratch"):
+        assert container.with_mount(folder) is container
+    with pytest.raises(UsageError, match="can't be mounted"):
+        container.with_mount("/a:b")
