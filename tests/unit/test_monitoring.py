@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dynamo_mpi.common.phases import PhaseProgress, RankTimings
+from dynamo_mpi.common.failure import DetectedBy
+from dynamo_mpi.common.phases import PHASES, PhaseProgress, RankTimings
+from dynamo_mpi.layout.finding import Severity
 from dynamo_mpi.telemetry.health_state import HealthState, world_metrics
 from dynamo_mpi.telemetry.metrics import WorldNumbers, metrics_of_world
 from tests.conftest import ROOT
@@ -75,3 +77,15 @@ def test_promtool_takes_the_rules_and_their_tests_pass() -> None:
         done = subprocess.run([promtool, *words], cwd=FOLDER, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "SUCCESS" in done.stdout
+
+
+def test_labels_have_values_that_exist() -> None:
+    known = {
+        "phase": set(PHASES),
+        "cause": {cause.name.lower() for cause in DetectedBy},
+        "severity": {severity.value for severity in Severity},
+        "statistic": {"rank0", "min", "median", "max"},
+    }
+    for query in (*queries().values(), *(rule["expr"] for rule in rules())):
+        for label, values in re.findall(r'(phase|cause|severity|statistic)[!=]~?"([^"]*)"', query):
+            assert set(values.split("|")) <= known[label], query
