@@ -90,6 +90,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dynamo-mpi timeline --run-dir dynamo_mpi-1234",
         "dynamo-mpi timeline --run-dir dynamo_mpi-1234 -o start.html",
     ),
+    "stage": (
+        "dynamo-mpi stage --stage /local/scratch",
+        "srun --ntasks-per-node=1 dynamo-mpi stage --stage /local/scratch --unstage all",
+    ),
     "down": ("dynamo-mpi down --run-dir dynamo_mpi-1234", "dynamo-mpi down --namespace dynamo --job 1234.5 --dry-run"),
     "completion": (
         "dynamo-mpi completion bash >~/.local/share/bash-completion/completions/dynamo-mpi",

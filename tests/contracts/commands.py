@@ -135,6 +135,7 @@ def _options(verb: str) -> Sequence[sources.Option]:
         "local": (),  # argparse's own, see its help
         "status": sources.status_verb.OPTIONS,
         "timeline": (sources.timeline_verb.RUN_DIR,),
+        "stage": (sources.stage_verb.STAGE,),
         "wait": (*sources.wait_verb.OPTIONS, sources.wait_verb.ROLE),
     }
     if verb in modules:
