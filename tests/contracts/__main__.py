@@ -14,16 +14,19 @@ def main(names: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in CONTRACTS]:
         print(f"no such contract: {', '.join(unknown)}\n  expected: some of {', '.join(CONTRACTS)}", file=sys.stderr)
         return 64
+    renewed = 0
     for name in names or CONTRACTS:
         text = CONTRACTS[name]()
         if changes := difference(name, text):
             print(changes)
+            renewed += 1
             path_of(name).parent.mkdir(parents=True, exist_ok=True)
             path_of(name).write_text(text, encoding="utf-8")
     if not names:
         for stale in set(GOLDEN.rglob("*.txt")) - {path_of(name) for name in CONTRACTS}:
             print(f"removed {stale.relative_to(GOLDEN)}")
             stale.unlink()
+    print(f"{renewed} of {len(names or CONTRACTS)} golden files renewed in {GOLDEN.relative_to(GOLDEN.parents[2])}")
     return 0
 
 

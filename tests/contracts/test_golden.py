@@ -13,8 +13,8 @@ from tests.contracts.shapes import members_of
 def test_contract_is_as_golden(name: str) -> None:
     if changes := difference(name, CONTRACTS[name]()):
         pytest.fail(
-            f"a contract that users' scripts read has changed; if plan-approved, renew it (python -m tests.contracts {name}) "
-            f"and add an alias and a CHANGELOG line\n{changes}",
+            f"a contract that users' scripts read has changed; if that is intended, renew it (python -m tests.contracts {name}), "
+            f"add a line to CHANGELOG.md, and an alias for a name that is gone\n{changes}",
             pytrace=False,
         )
 
