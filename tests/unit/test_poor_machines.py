@@ -131,3 +131,14 @@ def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="UTF-8") as caught:
         resolve_model_dir(settings, {})
     assert caught.value.exit_code == 64  # type: ignore[attr-defined]
+
+
+def test_an_mpi_that_cannot_start_is_not_taken_for_lack_of_memory() -> None:
+    """MPI ends the process itself, inside MPI_Init; the node agent reports it."""
+    words = (*PYTHON, "dynamo_mpi.worker", "--preflight-only", "--engine", "reference", "--model", "/no/such")
+    done = run_command(words, env={**os.environ, "OMPI_MCA_pml": "none-such"}, timeout=60)
+    assert done.returncode not in (0, 66), done.stderr
+    report = done.stderr.partition("error in mpi_init: ")[2]
+    assert report.startswith("died while MPI started: "), done.stderr
+    assert "read MPI's own lines" in report
+    assert "memory" not in report

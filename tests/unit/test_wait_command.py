@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -293,6 +294,32 @@ def test_a_launch_that_is_refused_is_the_end_of_the_wait(
     monkeypatch.setattr(waiting, "STALE_SECONDS", 0.1)
     code, _, err = run("--run-dir", str(tmp_path / "other"))
     assert (code, "no engine config for the decode worker" in err) == (64, True)
+
+
+def test_a_refused_launch_without_a_named_folder_is_told_where_its_own_exists(
+    board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    Path("hosts").write_text("localhost\n")
+    words = ["launch", "--hostfile", "hosts", "--model", "m", "--prefill-engine-config", "p"]
+    assert main(words) == 64
+    assert not Path("dynamo_mpi-run").exists(), "a wrong command line makes no folder"
+    Path("dynamo_mpi-run").mkdir(mode=0o700)
+    code, _, err = run("--run-dir", "dynamo_mpi-run", then=lambda: main(words))
+    assert (code, "the launch was refused: " in err) == (64, True), err
+
+
+def test_a_folder_that_goes_ends_the_wait(board: Board, run: Run, tmp_path: Path) -> None:
+    """That of `local` goes with it."""
+    run_dir = describe(tmp_path / "run")
+
+    def end() -> None:
+        run_dir.close()
+        shutil.rmtree(tmp_path / "run")
+
+    code, _, err = run("--run-dir", str(tmp_path / "run"), "--timeout", "30", then=end)
+    assert (code, f"the deployment in {tmp_path / 'run'} has ended" in err) == (75, True), err
 
 
 def test_a_launch_that_is_refused_says_nothing_of_one_that_runs_there(board: Board, run: Run, tmp_path: Path) -> None:

@@ -308,7 +308,11 @@ class LocalStack(ServiceStack):
         return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))
 
     def _exit_fix(self, process: LoggedProcess) -> str:
-        return exhausted(self._folder, self._log_of(process) + process.output())
+        if lacked := exhausted(self._folder, self._log_of(process) + process.output()):
+            return lacked
+        if process.name in self._workers and process.exit_code() not in set(ExitCode):
+            return "read the lines above: those of the ranks, of MPI and of its launcher"
+        return ""
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
         return "a longer --timeout, or --verbose"
