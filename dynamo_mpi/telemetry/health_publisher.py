@@ -16,6 +16,7 @@ from dynamo_mpi.telemetry.metrics import WorldNumbers, describe_progress, metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from dynamo_mpi.common.failure import Failure
     from dynamo_mpi.common.hooks import WorldFailure
@@ -38,6 +39,7 @@ class WorldStatus(WorkerHook):
         facts: facts about the worker.
         severities: severities of the preflight's findings.
         hardware: severities of the hardware checks' findings.
+        staged: what staging the model took; None if it wasn't staged.
         tracker: the ranks' progress, once they are watched.
     """
 
@@ -46,11 +48,16 @@ class WorldStatus(WorkerHook):
         self.facts = facts_of(settings, os.environ)
         self.severities: Sequence[Severity] = ()
         self.hardware: Sequence[Severity] = ()
+        self.staged: dict[str, Any] | None = None
         self.tracker: ProgressTracker | None = None
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
         self._in_flight: int | None = None
         self._is_ready = False
+
+    def on_staged(self, figures: dict[str, Any]) -> None:
+        """Note what staging took."""
+        self.staged = figures
 
     def on_ready(self) -> None:
         """Count the worker as ready."""
@@ -110,6 +117,7 @@ class WorldStatus(WorkerHook):
             self._exit_code,
             self._in_flight,
             self.hardware,
+            self.staged,
         )
         return metrics_of_world(numbers)
 

@@ -12,6 +12,7 @@ from dynamo_mpi.layout.finding import Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
     from dynamo_mpi.common.failure import Failure
     from dynamo_mpi.common.phases import PhaseProgress, RankTimings
@@ -109,6 +110,7 @@ class WorldNumbers(NamedTuple):
         exit_code: its exit code; None if it has not ended.
         in_flight: number of requests in flight; None if it isn't known.
         hardware: severities of the hardware checks' findings.
+        staged: what staging the model took, as in the worker record; None if it wasn't staged.
     """
 
     ranks: Sequence[RankTimings]
@@ -118,6 +120,7 @@ class WorldNumbers(NamedTuple):
     exit_code: int | None = None
     in_flight: int | None = None
     hardware: Sequence[Severity] = ()
+    staged: Mapping[str, Any] | None = None
 
 
 def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
@@ -163,6 +166,16 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
             "gauge",
             "Requests in flight; absent if that isn't known, as with dynamo.trtllm.",
             () if numbers.in_flight is None else (Sample(numbers.in_flight),),
+        ),
+        Metric(
+            "dynamo_mpi_stage_bytes",
+            "gauge",
+            "The model that was staged: its size, and what all nodes together have read of it; absent if it wasn't.",
+            tuple(
+                Sample(numbers.staged[member], {"what": what})
+                for what, member in (("model", "bytes"), ("read", "read_bytes"))
+                if numbers.staged is not None
+            ),
         ),
         Metric("dynamo_mpi_exit_code", "gauge", "The world's exit code; absent until it has ended.", ended),
     )

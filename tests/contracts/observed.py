@@ -44,7 +44,14 @@ def metrics() -> str:
     failures = [sources.Failure(1, 70, "it broke", sources.DetectedBy.DISCONNECT)]
     severities = [sources.Severity.WARNING]
     numbers = sources.WorldNumbers(
-        ranks, _PROGRESS, severities, failures, exit_code=70, in_flight=3, hardware=severities
+        ranks,
+        _PROGRESS,
+        severities,
+        failures,
+        exit_code=70,
+        in_flight=3,
+        hardware=severities,
+        staged={"bytes": 9, "read_bytes": 9},
     )
     of_ranks = sources.render_metrics(sources.metrics_of_world(numbers))
     text = sources.metrics_of(state._replace(metrics=of_ranks), ready=False)
