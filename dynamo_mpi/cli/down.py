@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import shell_word, without_controls
 from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
+from dynamo_mpi.common.files import PREFIX as LOCAL_PREFIX
+from dynamo_mpi.common.files import sweep
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP, open_run_dir
@@ -116,6 +118,8 @@ def _end(run_dir: Path, folder: OwnFolder, values: dict[str, Any], *, is_named: 
         write_out(f"the deployment in {run_dir}: {', '.join(w.name for w in launch.workers)}, and its services")
         return 0
     _end_deployment(run_dir, folder, launch, values["timeout"])
+    if run_dir.name.startswith(LOCAL_PREFIX):
+        sweep(run_dir.parent)  # a killed `local` can't remove its folder
     _say(f"ended: {run_dir}")
     return 0
 

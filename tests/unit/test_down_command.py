@@ -345,3 +345,15 @@ def test_another_users_folder_is_77(run: Run, tmp_path: Path, words: tuple[str, 
         folder.chmod(folder_mode)
     assert code == ExitCode.NOT_AUTHORISED
     assert "ask the user who launched it" in err
+
+
+def test_the_folder_of_a_killed_local_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all that is in it, as the next `local` would; that of one that runs stays."""
+    dead, alive = tmp_path / "dynamo-mpi-local-dead", tmp_path / "dynamo-mpi-local-alive"
+    describe(dead, pid=2**22 + 1).close()
+    (dead / "deployment.json").write_text(json.dumps({"schema": 1, "pid": 2**22 + 1, "host": HERE, "workers": []}))
+    (dead / "etcd").mkdir()
+    run_dir = describe(alive)
+    assert main(["down", str(dead)]) == 0, capsys.readouterr().err
+    assert (dead.exists(), alive.exists()) == (False, True)
+    run_dir.close()
