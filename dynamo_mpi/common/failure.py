@@ -84,10 +84,15 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     return "".join(traceback.format_exception(error)).rstrip(), int(ExitCode.ENGINE)
 
 
-def root_cause(failures: Sequence[Failure]) -> Failure:
-    """Return the failure that caused the others: the earliest one, except for two consequences that may be detected before a death.
+ENDED_BY_MPI = "Open MPI ended it, as it does with ranks whose connection to another closes"
+# wait status of a rank that Open MPI 5's own error handler ends: exit code 14, seen with 5.0.7 and 5.0.11
+OPEN_MPI_ABORT = 14 << 8
 
-    These are the launcher's signal to rank 0, and an engine's error about a lost peer.
+
+def root_cause(failures: Sequence[Failure]) -> Failure:
+    """Return the failure that caused the others: the earliest one, except for three consequences that may be detected before a death.
+
+    These are the launcher's signal to rank 0, an engine's error about a lost peer, and Open MPI's end of a rank whose peer is lost.
 
     Args:
         failures: at least one failure, in the order of detection.
@@ -98,6 +103,8 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
         return next((failure for failure in failures if failure.cause is not DetectedBy.SIGNAL), first)
     if deaths and first.cause is DetectedBy.REPORT and is_secondary(first.text):
         return deaths[0]
+    if ENDED_BY_MPI in first.text:
+        return next((failure for failure in deaths if ENDED_BY_MPI not in failure.text), first)
     return first
 
 

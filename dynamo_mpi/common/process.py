@@ -38,6 +38,23 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
+# in /proc/PID/stat, counted from the third field (proc(5)): the flags, among them the kernel's PF_EXITING, and the wait status
+_FLAGS, _PF_EXITING, _STATUS = 6, 0x4, 49
+
+
+def exit_status(pid: int) -> int | None:
+    """Return the wait status of a process that is exiting, or that its parent hasn't reaped yet; None if it isn't known.
+
+    The kernel sets it before it closes the process's files. Other users' is hidden.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return int(fields[_STATUS]) if int(fields[_FLAGS]) & _PF_EXITING else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 # fields of /proc/PID/stat, counted from the third (proc(5)): start and end of the command line
 _BEGIN, _END = 45, 46
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 # srun --label puts this before output of ranks and slurmstepd; srun's own lines have none
 _LABEL = re.compile(r"^ *\d+: ?", re.MULTILINE)
 _TASKS = re.compile(r"^srun: error: (\S+): tasks? ([\d,\[\]-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
@@ -110,6 +111,9 @@ def first_death(text: str) -> Death | None:
     found = sorted(_of_mpirun(words), key=_place) or sorted(_of_srun(text), key=_place)
     if found:
         death = found[0][1]
+        if not death.is_sure:
+            # no launcher ends a rank by such a signal
+            death = next((each for _, each in found if each.signal in _CRASHES), death)
         return death._replace(is_sure=False) if death.code is not None and _COMPLAINT.search(words) else death
     if peer := _PEER.search(words):
         return Death(host=peer[1], how="closed its connections, which ended its peers")

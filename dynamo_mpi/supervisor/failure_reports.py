@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from dynamo_mpi.common.failure import Failure
+    from dynamo_mpi.common.failure import ENDED_BY_MPI, OPEN_MPI_ABORT, Failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
@@ -39,6 +39,23 @@ def rank_died(host: str, phase: str = "") -> DynamoMpiError:
         fix="look for the signal or exit code in the output of what started the process (srun, mpirun, the container runtime); signal 9 "
         f"(code 137) that no user sent means out of memory: check dmesg on {host}; with TensorRT-LLM, also "
         "that it ended all ranks itself after a crash or a hang, as its last lines say then",
+    )
+
+
+def rank_ended(host: str, phase: str, status: int | None) -> DynamoMpiError:
+    """Return the error for a process that exited without reporting one.
+
+    Args:
+        host: its host.
+        phase: its phase.
+        status: its wait status; None if it isn't known.
+    """
+    if status != OPEN_MPI_ABORT or phase == "mpi_init":
+        return rank_died(host, phase)
+    return EngineError(
+        f"died: {ENDED_BY_MPI} (exit code 14)",
+        expected="every rank runs until the worker ends",
+        fix="look for a rank of another host that ended first, in the output of what started them, and at the network between the hosts",
     )
 
 

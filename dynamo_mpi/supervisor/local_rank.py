@@ -50,6 +50,7 @@ class LocalRank:
         self.inode = 0
         # MPI shared memory that the rank has mapped
         self.segments: frozenset[str] = frozenset()
+        self.exit_status: int | None = None
         self.preflight_done = False
         # it shuts down in order
         self.detached = False

@@ -18,12 +18,13 @@ from functools import partial
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, cast
+from dynamo_mpi.common.process import exit_status
 from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
-from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_died
+from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_ended
 from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of, unused_segments
 from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
@@ -234,6 +235,8 @@ class NodeAgent:
         self._selector.unregister(local.connection)
         local.close()
         local.last_seen = now = time.monotonic()
+        # at once: its parent is about to reap it
+        local.exit_status = exit_status(local.pid)
         # its descendants are killed after its process has exited
         if local.pidfd is not None:
             self._exiting.add(local)
@@ -252,14 +255,15 @@ class NodeAgent:
             return
         if local.preflight_done or self._watch.has_network:
             self._watch.on_failure(
-                ObservedFailure(
-                    self._failure(local, rank_died(self._host, local.phase), DetectedBy.DISCONNECT), self._host
-                )
+                ObservedFailure(self._failure(local, self._end_of(local), DetectedBy.DISCONNECT), self._host)
             )
             return
         # restarted with each further rank: on a busy node, a launcher takes time to end all ranks
         self._disconnected.append(local)
         self._decide_at = now + (_SETTLE_SECONDS if self._launch.local_size != 1 else 0.0)
+
+    def _end_of(self, local: LocalRank) -> DynamoMpiError:
+        return rank_ended(self._host, local.phase, local.exit_status)
 
     def _rank0_reports(self) -> bool:
         return any(local.rank == 0 and local.preflight_done for local in self._ranks)
@@ -270,7 +274,7 @@ class NodeAgent:
         first = self._disconnected[0]
         is_ended = self._reported_at < first.last_seen + _SIMULTANEOUS_SECONDS
         if not (is_ended or self._watch.reported) and (len(self._disconnected) == 1 or self._ranks):
-            self._report(first, rank_died(self._host, first.phase), DetectedBy.DISCONNECT)
+            self._report(first, self._end_of(first), DetectedBy.DISCONNECT)
 
     def _check(self, now: float) -> None:
         self._watch.tick()

@@ -35,13 +35,14 @@ NODES = ("n1", "n2")
 RANKS_PER_NODE = 3
 CONFIG = "tensor_parallel_size: 3\npipeline_parallel_size: 2\n"
 CODES = {
-    "kill": (137, 143, 70),
-    "oom": (137, 143, 70),
+    # 14: of Open MPI 5, as in Debian 13, whose ranks end each other where a connection closes
+    "kill": (137, 143, 70, 14),
+    "oom": (137, 143, 70, 14),
     "stop": (124,),
     "hang": (124,),
     "exception": (70,),
-    "exit0": (137, 143, 70),
-    "exit3": (137, 143, 70),
+    "exit0": (137, 143, 70, 14),
+    "exit3": (137, 143, 70, 14),
 }
 
 

@@ -41,6 +41,7 @@ SAID = {
     "srun_label_abort14": f"rank 2 on n2 left with exit code 14{UNSURE}",
     "srun_label_openmpi5_sigkill": "rank 1 on n2 was killed by signal 9 (SIGKILL)",
     "srun_label_openmpi5_sigkill_aborted_first": f"rank 1 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
+    "srun_label_openmpi5_sigsegv_aborted_first": f"rank 0 on n1 was killed by signal 11 (SIGSEGV){UNSURE}",
     "srun_label_openmpi5_sigkill_two_a_node": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_openmpi5_sigkill_two_a_node": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_mpich_sigkill": "rank 2 on n2 was killed by signal 9 (SIGKILL)",
