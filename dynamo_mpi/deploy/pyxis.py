@@ -191,8 +191,10 @@ _PYXIS = re.compile(r"^(?: *(\d+): ?)?(?:slurmstepd\S*|srun): error: pyxis: *(.+
 _FAILED = re.compile(
     r"error: spank: required plugin \S*pyxis\S*\.so: \w+\(\) failed|^srun: error: pyxis: ", re.MULTILINE
 )
-# these follow from an earlier line
-_CONSEQUENCES = re.compile(r"couldn't create enroot start|not started successfully by another|printing \w+ log file")
+# these follow from another line, or come before it
+_CONSEQUENCES = re.compile(
+    r"child \d+ failed with|couldn't create enroot start|not started successfully by another|printing \w+ log file"
+)
 _ENROOT = re.compile(r"\[ERROR\] *(.+)")
 _OPTIONS = re.compile(
     r"--\[?(?:no-)?\]?container-|were specified|mount (?:source|target) must be|mount entry|couldn't chdir|flag was passed"

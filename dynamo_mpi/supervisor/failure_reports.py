@@ -11,6 +11,7 @@ import os
 import time
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError, RetryableError, UsageError
+from dynamo_mpi.common.failure import ENDED_BY_MPI, OPEN_MPI_ABORT
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from dynamo_mpi.common.failure import ENDED_BY_MPI, OPEN_MPI_ABORT, Failure
+    from dynamo_mpi.common.failure import Failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 

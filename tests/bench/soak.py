@@ -10,6 +10,7 @@ The hosts are namespaces of this machine (root on Linux); Open MPI 5's mpirun, o
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import itertools
@@ -156,7 +157,13 @@ class Soak:
                 f"{', '.join(f'{code} ({times})' for code, times in codes.most_common())} |"
             )
         kinds = collections.Counter(row["kind"] for row in requests.rows)
-        strange = [row for row in requests.rows if row["kind"] == "failed" and not self.was_away(row, requests.rows)]
+        absences = self.absences(requests.rows)
+        strange = [
+            row
+            for row in requests.rows
+            if row["kind"] == "failed"
+            and not any(row["began"] < end and row["ended"] > begin for begin, end in absences)
+        ]
         ends = collections.Counter(row["how"] for row in requests.rows if row["kind"] == "failed")
         lines += [
             "",
@@ -168,15 +175,11 @@ class Soak:
             lines.append(f"  {row}")
         return lines, reported == len(self.outcomes) > 0 and not kinds["wrong"] and not strange
 
-    def was_away(self, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
-        """Return whether a request was under way while there was no worker that the frontend knew: until the first answer of the next."""
-        for killed, ready in self.away:
-            known = min(
-                (each["ended"] for each in rows if each["kind"] == "right" and each["ended"] > ready), default=math.inf
-            )
-            if row["began"] < known and row["ended"] > killed:
-                return True
-        return False
+    def absences(self, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+        """Return when there was no worker that the frontend knew: from a kill until the first answer of the next worker."""
+        answers = sorted(row["ended"] for row in rows if row["kind"] == "right")
+        known = [*answers, math.inf]
+        return [(killed, known[bisect.bisect_right(answers, ready)]) for killed, ready in self.away]
 
 
 def main() -> int:

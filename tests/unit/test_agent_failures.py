@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.failure import OPEN_MPI_ABORT, DetectedBy, Failure
 from dynamo_mpi.supervisor.agent_failures import (
     ObservedFailure,
     Report,
@@ -18,6 +18,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_report,
     first_of_each_rank,
 )
+from dynamo_mpi.supervisor.failure_reports import rank_died, rank_ended
 
 
 def seen(
@@ -62,6 +63,23 @@ def test_the_death_that_happened_first_is_the_cause_whichever_was_heard_of_first
     assert report.text.startswith("error in drain: died: ")
     assert "what followed from it:\n    rank 0 on n0, 0.01 s later: died" in report.text
     assert [each.failure.rank for each in report.consequences] == [0]
+
+
+def test_a_rank_that_open_mpi_ended_is_a_consequence_of_a_death_that_was_heard_of_later() -> None:
+    text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT))
+    heard = [seen(0, -0.02, text), seen(1, -0.01)]
+    report = compose_report(first_of_each_rank(heard), "serve")
+    assert (report.failure.rank, [each.failure.rank for each in report.consequences]) == (1, [0])
+    # where nothing else is known, it is what there is to report
+    alone = compose_report(first_of_each_rank(heard[:1]), "serve")
+    assert (alone.failure.rank, "Open MPI ended it" in alone.text) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("phase", "status"), [("serve", None), ("serve", 9), ("serve", 0), ("mpi_init", OPEN_MPI_ABORT)]
+)
+def test_other_ends_are_deaths_without_a_report(phase: str, status: int | None) -> None:
+    assert str(rank_ended("n0", phase, status)) == str(rank_died("n0", phase))
 
 
 def test_what_a_rank_says_of_itself_counts_before_its_end() -> None:

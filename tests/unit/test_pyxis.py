@@ -15,8 +15,8 @@ IMAGE = "/images/dynamo.sqsh"
 REASONS = {
     "image_missing": (
         66,
-        "agg-0: Pyxis didn't start the container on n2: failed to create container filesystem for image: /work/none.sqsh "
-        "(No such file or directory: /work/none.sqsh)",
+        "agg-0: Pyxis didn't start the container on n1: failed to create container filesystem for image: /images/none.sqsh "
+        "(No such file or directory: /images/none.sqsh)",
     ),
     "image_on_no_registry": (
         66,
@@ -26,6 +26,10 @@ REASONS = {
     "mount_missing": (
         66,
         "agg-0: Pyxis didn't start the container on n2: --container-mounts: source path does not exist: /dev/shm/only-on-n1",
+    ),
+    "mount_missing_on_all_nodes": (
+        66,
+        "agg-0: Pyxis didn't start the container on n1: --container-mounts: source path does not exist: /nonexisting",
     ),
     "mount_refused": (
         64,

@@ -392,6 +392,8 @@ static int say_why(spank_t spank)
 	spank_get_item(spank, S_TASK_ID, &task);
 	if (task)
 		return fails("container was not started successfully by another task", "");
+	if (*enroot_log)
+		slurm_error("pyxis: child %d failed with error code: 1", getpid());
 	slurm_error("pyxis: %s", cause);
 	if (strstr(cause, "source path"))
 		slurm_error("pyxis: couldn't create enroot start configuration script");
