@@ -85,3 +85,10 @@ def test_what_salloc_left_for_srun_is_not_handed_on(tmp_path: Path) -> None:
     (step,) = launch(ROOT, tmp_path, [], {"MODEL_PATH": "/m", "SLURM_NTASKS": "16", "SLURM_GPUS_PER_TASK": "1"})
     assert not {"SLURM_NTASKS", "SLURM_GPUS_PER_TASK"} & step["environment"].keys()
     assert step["environment"]["SLURM_JOB_ID"] == "1234"
+
+
+def test_nodes_of_the_allocation_are_taken_by_name(tmp_path: Path) -> None:
+    # the stand-in for scontrol knows n[1-4] alone
+    variables = {"MODEL_PATH": "/m", "SLURM_JOB_NODELIST": "n[1-9]"}
+    (step,) = launch(ROOT, tmp_path, ["--nodes", "n[1-4]"], variables)
+    assert "--nodelist=n1" in step["words"]
