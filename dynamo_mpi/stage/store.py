@@ -76,7 +76,7 @@ class Store:
     """This user's copies below a folder.
 
     Args:
-        folder: the folder; it is created if only itself is missing.
+        folder: the folder; it is created if it is missing.
 
     Raises:
         StageError: it can't be used: another user can write there, or it isn't on a file system of this node.
@@ -84,9 +84,7 @@ class Store:
 
     def __init__(self, folder: str) -> None:
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o700)
-            with OwnFolder(folder) as parent, parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own:
+            with OwnFolder(folder, create=True) as parent, parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own:
                 self.path = os.path.realpath(own.path)
             self._root = OwnFolder(self.path, guarded=True)
         except OSError as error:

@@ -168,7 +168,10 @@ def many_nodes(arguments: argparse.Namespace, launcher: Launcher, rate: float) -
             ):
                 other = bench.measure(rates, method)
                 show(f"{name}: {title}", other)
-                missed += bound(f"{nodes} nodes: by {name}", staged.seconds / other.seconds, limit)
+                # for other numbers of nodes, the figure alone
+                missed += bound(
+                    f"{nodes} nodes: by {name}", staged.seconds / other.seconds, limit if nodes == 4 else float("inf")
+                )
     return missed
 
 

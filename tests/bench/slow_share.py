@@ -30,6 +30,8 @@ LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE, FLUSH, INIT = 1, 2, 3, 14,
 OPENDIR, READDIR, RELEASEDIR, INTERRUPT, DESTROY, BATCH_FORGET = 27, 28, 29, 36, 38, 42
 _SILENT = (FORGET, BATCH_FORGET, INTERRUPT)
 _ASYNC_READ, _MAX_PAGES, _PARALLEL_DIROPS = 1 << 0, 1 << 22, 1 << 18
+# as NFS: what is cached of a file is dropped when its time has changed
+_AUTO_INVAL_DATA = 1 << 12
 _KEEP_CACHE = 2
 _PAGES = 256
 _BUFFER_BYTES = (1 << 20) + (1 << 16)
@@ -138,7 +140,7 @@ class _Mount:
         share = self._share
         if code == INIT:
             major, minor, readahead, _ = struct.unpack_from("=IIII", body)
-            flags = _ASYNC_READ | _MAX_PAGES | _PARALLEL_DIROPS
+            flags = _ASYNC_READ | _MAX_PAGES | _PARALLEL_DIROPS | _AUTO_INVAL_DATA
             return _INIT_OUT.pack(major, min(minor, 31), readahead, flags, 64, 48, 1 << 17, 1, _PAGES, 0, 0, *[0] * 7)
         path = share.folder / self._paths[node]
         if code == LOOKUP:

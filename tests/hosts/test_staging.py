@@ -37,6 +37,8 @@ RATE, LINK = 24e6, 96e6
 TIMEOUT = 20.0
 SEED = int(os.environ.get("DYN_MPI_STAGE_SEED", "20"))
 KINDS = ("rank", "helper", "first-helper", "stop", "link", "disk", "read", "change")
+# of the others, staging ends by its deadline only
+LANDING = ("rank", "helper", "disk", "change")
 OWN = f"{NODE_FOLDER}/dynamo-mpi-{os.geteuid()}"
 
 
@@ -143,7 +145,7 @@ def cases(count: int) -> list[tuple[str, int]]:
     return [(KINDS[number % len(KINDS)], SEED + number) for number in range(count)]
 
 
-@pytest.mark.landing(*(f"{kind}-{seed}" for kind, seed in cases(len(KINDS))))
+@pytest.mark.landing(*(f"{kind}-{seed}" for kind, seed in cases(len(KINDS)) if kind in LANDING))
 @pytest.mark.parametrize(("kind", "seed"), cases(200), ids=[f"{kind}-{seed}" for kind, seed in cases(200)])
 def test_nothing_wrong_is_ever_visible(fresh: StageHosts, kind: str, seed: int) -> None:
     chance = random.Random(seed)  # noqa: S311 - of a test

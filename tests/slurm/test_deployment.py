@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +28,7 @@ from .stack import OUR_MODULES, PROGRAMS
 
 pytestmark = pytest.mark.slurm
 Launch = Callable[..., Deployment]
+STAGE_DIR = "/dev/shm"
 # after the last process of its step; its lease would last for many seconds
 OUT_SECONDS = 2.0
 # of Dynamo's example, for a text model
@@ -142,6 +145,30 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
     (prefill,) = read_traces(deployment.run_dir / "timeline" / "prefill-0.html")
     assert (prefill.outcome, list(dict.fromkeys(rank.host for rank in prefill.ranks))) == ("ended", ["n1", "n2"])
     assert all("load" in [span.phase for span in rank.spans] for rank in prefill.ranks)
+
+
+@pytest.mark.full
+def test_a_deployment_stages_its_model_on_each_node(
+    launch: Launch, slurm: SlurmSession, tmp_path: Path, model_dir: Path
+) -> None:
+    # the fixture's has links out of its folder
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    deployment = launch(MOUNTS=f"{ROOT}:/mnt,{model}:/models/smollm2", STAGE_DIR=STAGE_DIR)
+    deployment.says("ready: smollm2. Try:")
+    assert answer(deployment) == "The capital of France is Paris."
+    for role in ("prefill", "decode"):
+        log = (deployment.run_dir / "logs" / f"{role}-0.log").read_text(errors="replace")
+        assert re.search(r"stage: 2 nodes have the model \(.* GiB\) in /dev/shm/dynamo-mpi-", log), log
+        (trace,) = read_traces(deployment.run_dir / "timeline" / f"{role}-0.html")
+        assert all("stage" in [span.phase for span in rank.spans] for rank in trace.ranks)
+    verb = (sys.executable, "-m", "dynamo_mpi", "stage", "--stage", STAGE_DIR, "--unstage", "all")
+    for node in slurm.nodes:
+        assert slurm.exec(*verb, env={"PYTHONPATH": str(ROOT)}, host=node).returncode == 75
+    os.kill(deployment.launcher(), signal.SIGINT)
+    assert deployment.wait() == 130, deployment.text()
+    for node in slurm.nodes:
+        removed = slurm.exec(*verb, env={"PYTHONPATH": str(ROOT)}, host=node)
+        assert (removed.returncode, "0 copies" in removed.stdout) == (0, True), removed
 
 
 @pytest.mark.full
