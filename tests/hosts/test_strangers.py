@@ -20,7 +20,7 @@ import pytest
 
 from dynamo_mpi.common.credentials import SERVICES_FILE
 from dynamo_mpi.ops.listeners import Found, find_listeners
-from tests.conftest import find_mpirun, mpi_environment
+from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.running import eventually, pem_lines, started_with
 from tests.unit.neighbour import NOBODY
 
@@ -33,55 +33,11 @@ pytestmark = [
     pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no Python that another user may run"),
 ]
 
+PROGRAM = ROOT / "tests/dynamo/programs/strangers.py"
 FIRST, SECOND, THIRD = "h1", "h2", "h3"
 CONNECTIONS = 200
 REQUESTS = 20
 START_SECONDS = 120.0
-# reads lines of [[ADDRESS, PORT], ...] and holds idle connections at each, opening again what is closed; at the end it writes its numbers
-STRANGER = """
-import json, os, resource, selectors, socket, sys, time
-most, hard = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-selector, later, text = selectors.DefaultSelector(), [], b""
-counts = {"uid": os.getuid(), "opened": 0, "closed": 0, "received": 0}
-selector.register(0, selectors.EVENT_READ)
-def hold(place):
-    connection = socket.socket()
-    connection.setblocking(False)
-    connection.connect_ex(place)
-    selector.register(connection, selectors.EVENT_READ, place)
-    counts["opened"] += 1
-while True:
-    for key, _ in selector.select(0.02):
-        if key.fd == 0:
-            part = os.read(0, 65536)
-            if not part:
-                print(json.dumps(counts))
-                sys.exit()
-            *lines, text = (text + part).split(b"\\n")
-            later += [(0, tuple(place)) for line in lines for place in json.loads(line) for _ in range(most)]
-            continue
-        try:
-            received = len(key.fileobj.recv(4096))
-        except BlockingIOError:
-            continue
-        except ConnectionRefusedError:
-            received = -1
-        except OSError:
-            received = 0
-        counts["received"] += max(0, received)
-        if received <= 0:
-            selector.unregister(key.fileobj)
-            key.fileobj.close()
-            counts["closed"] += 1
-            if received == 0:
-                later.append((time.monotonic() + 0.1, key.data))
-    now, waiting = time.monotonic(), later
-    later = [each for each in waiting if each[0] > now]
-    for at, place in waiting:
-        if at <= now:
-            hold(place)
-"""
 ASK = """
 import json, sys, time, urllib.request
 url, model, count = sys.argv[1:]
@@ -114,7 +70,8 @@ class Strangers:
         self._hosts, self.seen = hosts, set[tuple[str, int]]()
         self.kinds = set[tuple[str, bool]]()
         words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/python3", "-c"]
-        self._process = hosts.popen(THIRD, [*words, STRANGER, str(CONNECTIONS)], stdin=subprocess.PIPE)
+        words += [PROGRAM.read_text(), str(CONNECTIONS)]
+        self._process = hosts.popen(THIRD, words, stdin=subprocess.PIPE)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
