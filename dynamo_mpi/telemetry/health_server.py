@@ -97,8 +97,9 @@ class HealthServer:
             body = b""
             while len(body) < _MAX_METRICS and (data := reply.read1(_CHUNK_BYTES)):
                 body += data
-                # a socket's own timeout restarts with every byte
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                # a socket's own timeout restarts with every byte; Python 3.13 closes it with the last one
+                if sock.fileno() >= 0:
+                    sock.settimeout(max(0.001, deadline - time.monotonic()))
             return reply.status, body
         except (OSError, http.client.HTTPException):
             return 0, b""
