@@ -127,6 +127,22 @@ def test_all_hosts_get_the_model_which_is_read_once(fresh: StageHosts) -> None:
     check_copy(fresh, copy)
 
 
+def test_wrong_bytes_of_the_right_size_are_copied_again_with_digests(fresh: StageHosts) -> None:
+    fresh.stage()
+    (copy,) = visible(fresh, "h2")
+    damaged = copy / "model-00002-of-00004.safetensors"
+    before = damaged.stat()
+    damaged.chmod(0o600)
+    with damaged.open("r+b") as file:
+        file.write(b"wrong")
+    os.utime(damaged, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    assert fresh.stage()["nodes_copied"] == 0
+    result = fresh.stage("--digests")
+    assert (result["problem"], result["nodes_copied"]) == ("", 1)
+    (copy,) = visible(fresh, "h2")
+    check_copy(fresh, copy)
+
+
 def test_two_workers_that_share_a_host_make_one_copy_there(fresh: StageHosts) -> None:
     words = [MOUNT, NODE_FOLDER, "--network", NETWORK]
     with fresh.start_ranks(words, hosts=("h1", "h2")) as first, fresh.start_ranks(words, hosts=("h2", "h3")) as second:
