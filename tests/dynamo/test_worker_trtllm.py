@@ -324,6 +324,7 @@ def test_a_model_whose_log_probabilities_are_no_numbers_isnt_ready(start: Start,
 @pytest.mark.serial
 def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> None:
     worker = start("--load-timeout", "9", STANDIN_TRTLLM_FAULT="hang:1")
+    eventually(lambda: "run mgmn leader node" in worker.text(), "it loads")
     begin = time.monotonic()
     assert worker.wait() == 124, worker.text()
     assert time.monotonic() - begin < 9 + PROMPT_SECONDS
