@@ -84,7 +84,10 @@ class Store:
 
     def __init__(self, folder: str) -> None:
         try:
-            with OwnFolder(folder, create=True) as parent, parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own:
+            with (
+                OwnFolder(folder, create=True) as parent,
+                parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own,
+            ):
                 self.path = os.path.realpath(own.path)
             self._root = OwnFolder(self.path, guarded=True)
         except OSError as error:
