@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def test_values_arrive_as_they_are(value: str, tmp_path: Path) -> None:
     (step,) = launch(ROOT, tmp_path, [], {**variables, "DECODE_ENGINE_CONFIG": "d.yaml"})
     words = step["words"]
     assert f"--container-image={value}" in words
-    assert words[words.index("--prefill-engine-config") + 1] == value
+    check = shlex.split(words[words.index("--check") + 1])
+    assert check[check.index("--prefill-engine-config") + 1] == value
     assert (step["environment"]["MODEL_PATH"], step["environment"]["SERVED_MODEL_NAME"]) == (value, value)
     assert not list(tmp_path.rglob("pwned"))
 
