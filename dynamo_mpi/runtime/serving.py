@@ -205,8 +205,10 @@ async def serve(
 
 async def _cancel_in_flight(handler: RequestHandler, log: RankLogger) -> None:
     if handler.in_flight:
-        log.info(f"{handler.in_flight} requests are cut off")
-        handler.cancel_all()
+        log.warning(
+            f"{handler.in_flight} requests are cut off: their clients get an error, unless another worker goes on with them"
+        )
+        handler.cut_off_all()
         await handler.wait_idle(_PROPAGATION_SECONDS * 5)
 
 

@@ -94,6 +94,7 @@ class RequestHandler:
         self._errors = errors
         self._role = role
         self._request_ids: set[str] = set()
+        self._cut_off = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -112,8 +113,12 @@ class RequestHandler:
             return False
         return True
 
-    def cancel_all(self) -> None:
-        """Cancel every request in flight; clients get the finish reason ``"cancelled"``."""
+    def cut_off_all(self) -> None:
+        """End every request in flight with an error: the frontend retries them on another worker, or its clients get the error.
+
+        Dynamo's frontend makes ``"stop"`` of the finish reason ``"cancelled"``: the client would take a part of an answer for all of it.
+        """
+        self._cut_off = True
         for request_id in self._request_ids:
             self._engine.cancel(request_id)
 
@@ -151,6 +156,8 @@ class RequestHandler:
                 if chunk.finish_reason == "error":
                     kind = self._errors.engine_shutdown if chunk.engine_failed else self._errors.request_failed
                     raise kind(chunk.error or "the engine failed")
+                if chunk.finish_reason == "cancelled" and self._cut_off and not stopped.done():
+                    raise self._errors.engine_shutdown("the worker has ended before the answer was complete")
                 yield to_response(chunk, len(generation.prompt_token_ids), generated)
         finally:
             if not finished:

@@ -191,6 +191,25 @@ def test_a_stopped_request_ends_soon(push: bool) -> None:
     run(body())
 
 
+def test_a_request_that_is_cut_off_ends_with_an_error_that_the_frontend_retries() -> None:
+    async def body() -> None:
+        started = threading.Event()
+        with ScriptedEngine(endless(started)) as engine:
+            handler = handler_of(engine)
+
+            async def drain() -> list[dict[str, Any]]:
+                return [response async for response in handler.generate(prompt(), Context())]
+
+            draining = asyncio.ensure_future(drain())
+            await endless_until(started, handler)
+            handler.cut_off_all()
+            with pytest.raises(EngineShutdownError, match="before the answer was complete"):
+                await draining
+            assert handler.in_flight == 0
+
+    run(body())
+
+
 def test_a_request_stopped_before_it_began_ends_too() -> None:
     async def body() -> None:
         with ScriptedEngine(endless(threading.Event())) as engine:
