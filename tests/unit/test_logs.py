@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path, capfd: pyt
     said = capfd.readouterr().err.splitlines()
     assert [line.removeprefix("dynamo_mpi: rank 0 on n1: ") for line in said] == [
         "one",
-        f"warning: the log file {tmp_path}/file/backend-rank-0.log can't be written, so there is none: File exists",
+        f"warning: the log file {tmp_path}/file/backend-rank-0.log can't be written, so there is none: Not a directory",
         "two",
     ]
 
