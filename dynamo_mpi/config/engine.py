@@ -87,7 +87,7 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         ("DYN_TRTLLM_LOAD_FORMAT",),
         None,
         to_text,
-        "how the engine loads weights, if the engine config doesn't say so",
+        "how the engine loads weights, if the engine config doesn't set it",
     ),
     Option(
         "trtllm_version",

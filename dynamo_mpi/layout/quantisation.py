@@ -201,7 +201,7 @@ class _Patterns:
         # by a layer's number: names, and with a star what names begin with
         self._of_layer: dict[str, set[str]] = {}
         self._beginnings: list[str] = []
-        # whether another pattern may tell layers apart
+        # whether another pattern may distinguish layers
         self._by_number = False
         for pattern in patterns:
             start = pattern.find("layers.")

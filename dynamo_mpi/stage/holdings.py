@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which extents a node has, while several threads write them; a file is stored when nobody writes to it any more."""
+"""Which extents a node has, while several threads write them; a file is stored once no thread writes to it any more."""
 
 from __future__ import annotations
 

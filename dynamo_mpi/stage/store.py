@@ -6,8 +6,8 @@
     .lock-NAME-DIGEST         its lock: exclusive while it is made or removed, shared while a worker uses it
     .lock                     held for moments, when locks change hands
 
-The locks are the reference count: the kernel releases them when a worker ends, however it ends. All of it is believed only because nobody
-else can write there (`own_files`), and because the file system is this node's own: on a shared one, ``flock`` may mean nothing.
+The locks are the reference count: the kernel releases them when a worker ends, however it ends. All of it is trusted only because no other
+user can write there (`own_files`), and because the file system is this node's own: on a shared one, ``flock`` may mean nothing.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Store:
             shutil.rmtree(os.path.join(self.path, left), ignore_errors=True)
 
     def make_room(self, size: int, name: str) -> list[str]:
-        """Make room for a copy of ``size`` bytes: remove what killed workers have left, then the least recently used copies that nobody uses.
+        """Make room for a copy of ``size`` bytes: remove what killed workers have left, then unused copies, the least recently used first.
 
         Returns:
             The names of the complete copies that were removed.

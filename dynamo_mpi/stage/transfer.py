@@ -3,7 +3,7 @@
 
 The nodes form a ring. An extent is read by one of them, written to its disk, and travels from there once around, each node writing, checking
 and forwarding it; so no node sends more than one copy of the model. What is forwarded is sent from the file, so no extent is kept in memory,
-and a slow neighbour holds up nobody.
+and a slow neighbour delays no other node.
 """
 
 from __future__ import annotations
