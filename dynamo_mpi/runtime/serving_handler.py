@@ -114,7 +114,7 @@ class RequestHandler:
         return True
 
     def cut_off_all(self) -> None:
-        """End every request in flight with an error: the frontend retries them on another worker, or its clients get the error.
+        """End every request in flight with an error, which the frontend passes on; with DYN_MIGRATION_LIMIT it may retry on another worker.
 
         Dynamo's frontend makes ``"stop"`` of the finish reason ``"cancelled"``: the client would take a part of an answer for all of it.
         """
