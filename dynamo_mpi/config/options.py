@@ -205,6 +205,7 @@ _VALUES = {
     **dict.fromkeys(("to_seconds", "to_time", "to_period"), "SECONDS"),
     **dict.fromkeys(("to_path", "to_path_text"), "PATH"),
     "to_file": "FILE",
+    "to_folder": "DIR",
     "to_words": "WORDS",
     "to_fraction": "FRACTION",
 }

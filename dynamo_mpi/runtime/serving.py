@@ -205,9 +205,7 @@ async def serve(
 
 async def _cancel_in_flight(handler: RequestHandler, log: RankLogger) -> None:
     if handler.in_flight:
-        log.warning(
-            f"{handler.in_flight} requests are cut off: their clients get an error, unless another worker goes on with them"
-        )
+        log.warning(f"requests cut off at the end of the drain: {handler.in_flight}; each ends with an error")
         handler.cut_off_all()
         await handler.wait_idle(_PROPAGATION_SECONDS * 5)
 

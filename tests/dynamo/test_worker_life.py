@@ -145,7 +145,7 @@ def test_what_does_not_end_in_time_is_cut_off_with_an_error(
     # Dynamo's frontend would make "stop", the end of a whole answer, of "cancelled"
     assert not [choice for event in rest for choice in event.get("choices", ()) if choice.get("finish_reason")], rest
     assert "error" in rest[-1], rest
-    assert "1 requests are cut off" in worker.text()
+    assert "requests cut off at the end of the drain: 1" in worker.text()
     # the runtime logs each error that it sends to a frontend
     assert worker.text().count("Traceback") == 1, worker.text()
 

@@ -191,7 +191,7 @@ def test_a_stopped_request_ends_soon(push: bool) -> None:
     run(body())
 
 
-def test_a_request_that_is_cut_off_ends_with_an_error_that_the_frontend_retries() -> None:
+def test_a_request_that_is_cut_off_ends_with_engine_shutdown() -> None:
     async def body() -> None:
         started = threading.Event()
         with ScriptedEngine(endless(started)) as engine:
