@@ -270,8 +270,8 @@ def _our_error(error: Any, auth: EtcdAuth) -> DynamoMpiError:
     if error.code() in codes or _mentions(error, "user name is empty"):
         return AuthorizationError(
             f"etcd refuses us: {text}",
-            expected=f"a user with the right to read and write under dynamo_mpi/; {_who(auth)}",
-            fix="etcdctl role grant-permission ROLE --prefix=true readwrite dynamo_mpi/, or correct ETCD_AUTH_*",
+            expected=f"a user with the right to read and write under v1/ and dynamo_mpi/; {_who(auth)}",
+            fix="etcdctl role grant-permission ROLE --prefix=true readwrite dynamo_mpi/, also for v1/; or correct ETCD_AUTH_*",
         )
     return DiscoveryError(
         f"etcd does not answer: {text}",

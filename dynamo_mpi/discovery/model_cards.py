@@ -12,6 +12,7 @@ import json
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -150,7 +151,9 @@ class PlannedCard:
 
     def unlike(self, others: Iterable[ModelCard]) -> list[tuple[ModelCard, list[str]]]:
         """Return the cards of the same model and kind that differ from this one, and in what."""
-        return [each for card in others for each in unlike(self.beside(card), (card,))]
+        # first, as the model's files are read for each that is left
+        alike = [card for card in others if (card.model, card.kind) == (self.model, self.kind)]
+        return [each for card in alike for each in unlike(self.beside(card), (card,))]
 
 
 def _read(path: Path) -> CardFile | None:
@@ -170,24 +173,26 @@ def _checksum(data: bytes) -> str:
     return _ALGORITHM + str(blake3(data).hexdigest())
 
 
-def differences(own: ModelCard, other: ModelCard) -> list[str]:
+def differences(own: ModelCard, other: ModelCard, here: str = "here", there: str = "there") -> list[str]:
     """Return in what two cards of a model differ, with both values.
 
     Args:
         own: a worker's.
         other: another worker's; both are of one kind.
+        here: follows a value of the first.
+        there: follows a value of the other.
     """
     lines = []
     for name in sorted({*own.files, *other.files}):
         file, others = own.files.get(name), other.files.get(name)
         if file is None or others is None or not _is_same(file, others):
-            lines.append(f"{name} {_shown(file)} here, {_shown(others)} there")
+            lines.append(f"{name} {_shown(file)} {here}, {_shown(others)} {there}")
     for label, mine, theirs in (
         ("context length", own.context_length, other.context_length),
         ("KV block size", own.kv_block_size, other.kv_block_size),
     ):
         if mine is not None and theirs is not None and mine != theirs:
-            lines.append(f"{label} {mine} here, {theirs} there")
+            lines.append(f"{label} {mine} {here}, {theirs} {there}")
     return lines
 
 
@@ -216,7 +221,7 @@ def describe_unlike(model: str, found: Sequence[tuple[ModelCard, list[str]]]) ->
     """Describe the result of `unlike`: "here" is this worker, "there" each of the others."""
     lines = [f"    {card.worker}: {sanitize('; '.join(what))}" for card, what in found[:_SHOWN]]
     if len(found) > _SHOWN:
-        lines.append(f"    and {len(found) - _SHOWN} others")
+        lines.append(f"    and {counted(len(found) - _SHOWN, 'other')}")
     return "\n".join(
         [f"the model card of {sanitize(model)} differs from that of workers that serve it already:", *lines]
     )
@@ -231,10 +236,11 @@ def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[str]:
     for (namespace, model, _), group in groups.items():
         first = group[0]
         if found := unlike(first, group[1:]):
-            other, what = found[0]
-            more = f", and {len(found) - 1} others" if len(found) > 1 else ""
+            other = found[0][0]
+            what = differences(first, other, f"at {first.worker}", f"at {other.worker}")
+            more = f"; {counted(len(found) - 1, 'more card')} unlike the first" if len(found) > 1 else ""
             lines.append(
                 f"the cards of {sanitize(model)} in {sanitize(namespace)} differ, and frontends take one for all: "
-                f"{first.worker} (here) and {other.worker} (there){more}: {sanitize('; '.join(what))}"
+                f"{sanitize('; '.join(what))}{more}"
             )
     return lines

@@ -77,7 +77,6 @@ class RecordPublisher(WorkerHook):
             if etcd.auth_is_disabled:
                 raise _needless()
             self._etcd, self._has_card = etcd, card is not None
-            differing = [] if card is None else card.unlike(self._cards())
         except (CredentialsError, UsageError):
             # Dynamo's runtime would fail too, after two minutes of attempts, after the load
             self.unpublish()
@@ -90,8 +89,8 @@ class RecordPublisher(WorkerHook):
             self._log.warning(f"no worker record: {error}")
             return
         self._judge(self._record, earlier, seconds, refuse=not settings.no_peer_check)
-        if differing:
-            self._judge_card(differing, seconds, allow=settings.allow_unlike_card)
+        if card is not None:
+            self._compare_planned(card, seconds, settings)
         self._keeper.start()
 
     def on_phase(self, phase: str) -> None:
@@ -157,6 +156,17 @@ class RecordPublisher(WorkerHook):
     def _cards(self) -> list[ModelCard]:
         entries = [] if self._etcd is None else self._etcd.get_prefix(cards_of(self._record.namespace))
         return [card for _, card in read_cards(entries)]
+
+    def _compare_planned(self, card: PlannedCard, seconds: int, settings: Settings) -> None:
+        try:
+            cards = self._cards()
+        except DynamoMpiError as error:
+            if settings.role in _PAIRED and not settings.no_peer_check:
+                raise
+            self._log.warning(f"the model card isn't compared with those of other workers: {error}")
+            return
+        if differing := card.unlike(cards):
+            self._judge_card(differing, seconds, allow=settings.allow_unlike_card)
 
     def _judge_card(self, found: Sequence[tuple[ModelCard, list[str]]], seconds: int, *, allow: bool) -> None:
         text = describe_unlike(self._record.model, found)

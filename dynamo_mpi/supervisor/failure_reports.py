@@ -15,13 +15,14 @@ from dynamo_mpi.common.failure import ENDED_BY_MPI, OPEN_MPI_ABORT
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
-from dynamo_mpi.mpi.launcher import restart_count
+from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS, restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from dynamo_mpi.common.failure import Failure
+    from dynamo_mpi.mpi.launcher import Launcher
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
@@ -37,21 +38,22 @@ def rank_died(host: str, phase: str = "") -> DynamoMpiError:
     return EngineError(
         "died: its process exited without reporting an error",
         expected="every rank runs until the worker ends",
-        fix="look for the signal or exit code in the output of what started the process (srun, mpirun, the container runtime); signal 9 "
-        f"(code 137) that no user sent means out of memory: check dmesg on {host}; with TensorRT-LLM, also "
-        "that it ended all ranks itself after a crash or a hang, as its last lines say then",
+        fix="look for the signal or exit code in the output of what started the process (srun, mpirun, the container runtime). Signal 9 "
+        f"(code 137) that no user sent may mean out of memory: check dmesg on {host}. TensorRT-LLM also kills all ranks after a crash "
+        "or a hang: read its last lines",
     )
 
 
-def rank_ended(host: str, phase: str, status: int | None) -> DynamoMpiError:
+def rank_ended(host: str, phase: str, status: int | None, launcher: Launcher) -> DynamoMpiError:
     """Return the error for a process that exited without reporting one.
 
     Args:
         host: its host.
         phase: its phase.
         status: its wait status; None if it isn't known.
+        launcher: what started it.
     """
-    if status != OPEN_MPI_ABORT or phase == "mpi_init":
+    if status != OPEN_MPI_ABORT or phase == "mpi_init" or launcher in MPICH_LAUNCHERS:
         return rank_died(host, phase)
     return EngineError(
         f"died: {ENDED_BY_MPI} (exit code 14)",

@@ -122,11 +122,12 @@ def paths_in_use(folder: str) -> set[str]:
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc"):
             if name.isdecimal():
-                found |= _mapped_files(f"/proc/{name}", start)
                 with contextlib.suppress(OSError):  # another user's, or it has ended
                     for one in os.listdir(f"/proc/{name}/fd"):
                         with contextlib.suppress(OSError):
                             found.add(os.readlink(f"/proc/{name}/fd/{one}"))
+                # after what is open: MPI maps a file, then closes it
+                found |= _mapped_files(f"/proc/{name}", start)
     return {path for path in found if path.startswith(start)}
 
 

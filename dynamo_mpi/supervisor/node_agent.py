@@ -263,7 +263,7 @@ class NodeAgent:
         self._decide_at = now + (_SETTLE_SECONDS if self._launch.local_size != 1 else 0.0)
 
     def _end_of(self, local: LocalRank) -> DynamoMpiError:
-        return rank_ended(self._host, local.phase, local.exit_status)
+        return rank_ended(self._host, local.phase, local.exit_status, self._launch.launcher)
 
     def _rank0_reports(self) -> bool:
         return any(local.rank == 0 and local.preflight_done for local in self._ranks)

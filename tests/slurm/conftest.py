@@ -12,6 +12,7 @@ from typing import Protocol
 import pytest
 from _pytest.runner import runtestprotocol
 
+from dynamo_mpi.supervisor.failure_reports import rank_died
 from tests.namespaces.anchor import remove_leftovers
 
 from .cluster.cluster import Cluster, why_unavailable
@@ -25,7 +26,7 @@ MPI_START_CRASHES = (
     # Debian 13's Open MPI 5.0.7, whose ob1 meets a message of a rank that is ahead
     ("mca_pml_ob1_recv_frag_callback_match", "ompi_mpi_init", ": Segmentation fault"),
     # where the crashed rank's own words haven't come through: srun's, and those of its node agent
-    (": Segmentation fault", "error in mpi_init: died: its process exited without reporting an error"),
+    (": Segmentation fault", f"error in mpi_init: {rank_died('', 'mpi_init').problem}"),
 )
 
 
@@ -34,7 +35,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Run a test once more whose MPI crashed in its own start, and for nothing else; say so."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if any(report.failed and _has_crashed_in_mpis_start(report.longreprtext) for report in reports):
+    if any(report.failed and has_crashed_in_mpis_start(report.longreprtext) for report in reports):
         item.config.issue_config_time_warning(
             UserWarning(f"{item.name} ran once more: Open MPI crashed in MPI_Init_thread"), stacklevel=1
         )
@@ -46,7 +47,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
-def _has_crashed_in_mpis_start(text: str) -> bool:
+def has_crashed_in_mpis_start(text: str) -> bool:
     return any(all(words in text for words in crash) for crash in MPI_START_CRASHES)
 
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from dynamo_mpi.common.failure import OPEN_MPI_ABORT, DetectedBy, Failure
+from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS, Launcher
 from dynamo_mpi.supervisor.agent_failures import (
     ObservedFailure,
     Report,
@@ -19,6 +20,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     first_of_each_rank,
 )
 from dynamo_mpi.supervisor.failure_reports import rank_died, rank_ended
+from tests.slurm.conftest import has_crashed_in_mpis_start
 
 
 def seen(
@@ -66,7 +68,7 @@ def test_the_death_that_happened_first_is_the_cause_whichever_was_heard_of_first
 
 
 def test_a_rank_that_open_mpi_ended_is_a_consequence_of_a_death_that_was_heard_of_later() -> None:
-    text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT))
+    text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT, Launcher.SLURM_PMIX))
     heard = [seen(0, -0.02, text), seen(1, -0.01)]
     report = compose_report(first_of_each_rank(heard), "serve")
     assert (report.failure.rank, [each.failure.rank for each in report.consequences]) == (1, [0])
@@ -76,10 +78,36 @@ def test_a_rank_that_open_mpi_ended_is_a_consequence_of_a_death_that_was_heard_o
 
 
 @pytest.mark.parametrize(
-    ("phase", "status"), [("serve", None), ("serve", 9), ("serve", 0), ("mpi_init", OPEN_MPI_ABORT)]
+    ("phase", "status", "launcher"),
+    [
+        ("serve", None, Launcher.OPEN_MPI),
+        ("serve", 9, Launcher.OPEN_MPI),
+        ("serve", 0, Launcher.OPEN_MPI),
+        ("mpi_init", OPEN_MPI_ABORT, Launcher.OPEN_MPI),
+        # a rank's own exit code: MPICH has no such code
+        *(("serve", OPEN_MPI_ABORT, launcher) for launcher in MPICH_LAUNCHERS),
+    ],
 )
-def test_other_ends_are_deaths_without_a_report(phase: str, status: int | None) -> None:
-    assert str(rank_ended("n0", phase, status)) == str(rank_died("n0", phase))
+def test_other_ends_are_deaths_without_a_report(phase: str, status: int | None, launcher: Launcher) -> None:
+    assert str(rank_ended("n0", phase, status, launcher)) == str(rank_died("n0", phase))
+
+
+def test_under_mpich_a_rank_that_exits_with_open_mpis_code_is_the_cause() -> None:
+    text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT, Launcher.HYDRA))
+    report = compose_report(first_of_each_rank([seen(0, -0.02, text), seen(1, -0.01)]), "serve")
+    assert (report.failure.rank, [each.failure.rank for each in report.consequences]) == (0, [1])
+
+
+def test_a_crash_in_mpis_start_is_one_that_slurm_tests_run_again() -> None:
+    text = str(rank_ended("n1", "mpi_init", 139, Launcher.SLURM_PMIX))
+    report = compose_report([seen(0, -0.01, text, phase="mpi_init")], "mpi_init").text
+    assert has_crashed_in_mpis_start(f"srun: error: n1: task 1: Segmentation fault\n{report}")
+    assert not has_crashed_in_mpis_start(report)
+
+
+def test_a_death_may_be_for_lack_of_memory_or_of_tensorrt_llms_making() -> None:
+    fix = rank_died("n0").fix
+    assert "may mean out of memory: check dmesg on n0. TensorRT-LLM also kills all ranks" in fix
 
 
 def test_what_a_rank_says_of_itself_counts_before_its_end() -> None:

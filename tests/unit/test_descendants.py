@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import socket
 import subprocess
@@ -10,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from dynamo_mpi.supervisor import leftovers
 from dynamo_mpi.supervisor.leftovers import MARK_VARIABLE, end_descendants, unused_segments
 
 
@@ -56,6 +61,40 @@ def test_a_helper_that_ends_by_itself_is_given_a_moment() -> None:
 
 def test_without_mark_and_connection_nothing_ends() -> None:
     assert end_descendants("", 0) == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_shared_memory_that_is_mapped_and_closed_meanwhile_is_in_use(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MPI does in its start; the process may do it before or after its maps are read."""
+    (path := tmp_path / "segment").write_bytes(b"x" * mmap.PAGESIZE)
+    file, maps, mapped = path.open("r+b"), leftovers._mapped_files, []
+    # Python's own mmap keeps a descriptor, which MPI doesn't
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+    def map_and_close() -> None:
+        mapped.append(libc.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0))
+        file.close()
+
+    def read_maps(process: str, start: str) -> set[str]:
+        ours = process == f"/proc/{os.getpid()}"
+        if ours and moment == "before":
+            map_and_close()
+        found = maps(process, start)
+        if ours and moment == "after":
+            map_and_close()
+        return found
+
+    monkeypatch.setattr(leftovers, "_mapped_files", read_maps)
+    try:
+        assert leftovers.paths_in_use(str(tmp_path)) == {str(path)}
+    finally:
+        (address,) = mapped
+        assert libc.munmap(address, mmap.PAGESIZE) == 0
 
 
 def test_shared_memory_of_mpich_that_no_process_uses_is_found() -> None:

@@ -13,8 +13,17 @@ from blake3 import blake3
 
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.discovery import model_cards
 from dynamo_mpi.discovery.etcd import KeyValue
-from dynamo_mpi.discovery.model_cards import ModelCard, PlannedCard, cards_of, read_cards, unlike, unlike_models
+from dynamo_mpi.discovery.model_cards import (
+    ModelCard,
+    PlannedCard,
+    cards_of,
+    describe_unlike,
+    read_cards,
+    unlike,
+    unlike_models,
+)
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.runtime.worker_record import planned_card
 
@@ -118,6 +127,23 @@ def test_only_cards_of_the_same_name_and_kind_count(folder: Path) -> None:
     assert len(planned.unlike([card()])) == 1
 
 
+def test_the_models_files_are_not_read_for_cards_of_other_models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    read = model_cards._read
+    monkeypatch.setattr(model_cards, "_read", lambda path: reads.append(path) or read(path))  # type: ignore[func-returns-value]
+    planned = PlannedCard("m", "aggregated", folder, None, 2048, 32)
+    assert planned.unlike([card(display_name="other"), card(worker_type="prefill")]) == []
+    assert reads == []
+    assert planned.unlike([card()]) == []
+    assert folder / "config.json" in reads
+
+
+def test_the_workers_left_out_of_the_list_are_counted() -> None:
+    others = [(card(), ["x"])] * 22
+    assert describe_unlike("m", others[:21]).endswith("\n    and 1 other")
+    assert describe_unlike("m", others).endswith("\n    and 2 others")
+
+
 def test_what_isnt_known_before_the_load_isnt_compared(folder: Path) -> None:
     planned = PlannedCard("m", "aggregated", folder)
     # without a setting, the context is the model's own
@@ -156,7 +182,7 @@ def test_the_status_names_a_model_once() -> None:
     cards[4] = entry(content(context_length=9, worker_type="prefill"), "dynamo/prefill/generate/a5", 5)
     (line,) = unlike_models(read_cards(reversed(cards)))
     assert "the cards of m in dynamo differ" in line
-    assert "backend/a1 (here) and backend/a3 (there), and 1 others: context length 2048 here, 1 there" in line
+    assert ": context length 2048 at backend/a1, 1 at backend/a3; 1 more card unlike the first" in line
 
 
 @pytest.mark.parametrize(

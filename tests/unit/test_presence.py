@@ -18,6 +18,7 @@ from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import Settings, load_settings
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.model_cards import PlannedCard
 from dynamo_mpi.discovery.record_publisher import RecordPublisher
 from dynamo_mpi.discovery.records import Progress, WorkerRecord, list_workers
 from tests.etcd_users import PASSWORDS, add_users
@@ -102,6 +103,32 @@ def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
         presence.publish(settings, {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
         presence.unpublish()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("role", "refused"), [("agg", False), ("prefill", True)])
+def test_a_record_stays_where_model_cards_cannot_be_read(
+    role: str, refused: bool, settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ours = RecordPublisher(RankLogger(0, "n1"), world(role, engine="reference"), lambda _: None)
+    card = PlannedCard("m", "aggregated", tmp_path)
+    with running_etcd() as url:
+        add_users(url, ["dynamo_mpi/"])
+        who = {"ETCD_ENDPOINTS": url, "ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]}
+        root = GrpcEtcdClient([url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+        try:
+            if refused:
+                with pytest.raises(AuthorizationError, match="readwrite dynamo_mpi/, also for v1/"):
+                    ours.publish(replace(settings, role=role), who, card)
+            else:
+                ours.publish(settings, who, card)
+                warning = capfd.readouterr().err
+                assert "warning: the model card isn't compared with those of other workers: etcd refuses us" in warning
+                assert "no worker record" not in warning
+                assert "readwrite dynamo_mpi/, also for v1/" in warning
+                assert len(list_workers(root)[0]) == 1
+        finally:
+            root.close()
+            ours.unpublish()
 
 
 @pytest.mark.parametrize(("engine", "done"), [("reference", 1), ("trtllm", None)])
