@@ -102,6 +102,9 @@ def segments_of(pid: int) -> frozenset[str]:
 def unused_segments(since: float) -> frozenset[str]:
     """Return MPICH's shared memory files of this user that no visible process uses any more. Does not raise.
 
+    Processes of other PID namespaces aren't visible. UCX in its default (``UCX_POSIX_USE_PROC_LINK=y``) removes a file's name as soon as it
+    has the file, so that only those of killed processes remain.
+
     Args:
         since: only those made after this time, in seconds since 1970.
     """

@@ -20,7 +20,6 @@ from dynamo_mpi.supervisor.agent_failures import (
     first_of_each_rank,
 )
 from dynamo_mpi.supervisor.failure_reports import rank_died, rank_ended
-from tests.slurm.conftest import has_crashed_in_mpis_start
 
 
 def seen(
@@ -96,13 +95,6 @@ def test_under_mpich_a_rank_that_exits_with_open_mpis_code_is_the_cause() -> Non
     text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT, Launcher.HYDRA))
     report = compose_report(first_of_each_rank([seen(0, -0.02, text), seen(1, -0.01)]), "serve")
     assert (report.failure.rank, [each.failure.rank for each in report.consequences]) == (0, [1])
-
-
-def test_a_crash_in_mpis_start_is_one_that_slurm_tests_run_again() -> None:
-    text = str(rank_ended("n1", "mpi_init", 139, Launcher.SLURM_PMIX))
-    report = compose_report([seen(0, -0.01, text, phase="mpi_init")], "mpi_init").text
-    assert has_crashed_in_mpis_start(f"srun: error: n1: task 1: Segmentation fault\n{report}")
-    assert not has_crashed_in_mpis_start(report)
 
 
 def test_a_death_may_be_for_lack_of_memory_or_of_tensorrt_llms_making() -> None:

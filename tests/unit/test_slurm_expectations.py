@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Slurm tests accept: which crash they run again, and exit codes by MPI's release."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.mpi.launcher import Launcher
+from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
+from dynamo_mpi.supervisor.failure_reports import rank_ended
+from tests.fault_cases import CHILD, Case
+from tests.slurm import fault_runner
+from tests.slurm.conftest import has_crashed_in_mpis_start
+
+
+@pytest.mark.parametrize(("phase", "runs_again"), [("mpi_init", True), ("load", False)])
+def test_a_crash_in_mpis_start_runs_again(phase: str, runs_again: bool) -> None:
+    text = str(rank_ended("n1", phase, 139, Launcher.SLURM_PMIX))
+    failure = Failure(1, 70, text, DetectedBy.DISCONNECT, phase, time.monotonic())
+    report = compose_report([ObservedFailure(failure, "n1")], phase).text
+    assert has_crashed_in_mpis_start(f"srun: error: n1: task 1: Segmentation fault\n{report}") == runs_again
+    assert not has_crashed_in_mpis_start(report)
+
+
+@pytest.mark.parametrize(("fault", "rank"), [("kill", 1), ("exit0", 1), ("stop", 1), ("exception", 1), ("kill", CHILD)])
+def test_only_open_mpi_5_may_end_a_rank_with_its_own_code(
+    fault: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(fault, "serve", rank)
+    monkeypatch.setattr(fault_runner, "debian_openmpi_major", lambda: 4)
+    of_4 = fault_runner.codes_for(case)
+    monkeypatch.setattr(fault_runner, "debian_openmpi_major", lambda: 5)
+    assert 14 not in of_4
+    ends_the_others = rank != CHILD and fault in ("kill", "exit0")
+    assert set(fault_runner.codes_for(case)) - set(of_4) == ({14} if ends_the_others else set())
