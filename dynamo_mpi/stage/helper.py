@@ -159,7 +159,8 @@ class Helper:
         if number == CONTROL and self._coordinator is not None:
             self._coordinator.attach(node, LineChannel(stream))
             return
-        self._can_receive.wait(_CONNECT_SECONDS)
+        # making room may take minutes
+        self._can_receive.wait(max(0.0, self._end - time.monotonic()))
         transfer = self._transfer
         if number < _STREAMS and transfer is not None and node == (self._plan.node - 1) % len(self._hosts):
             transfer.add_incoming(stream, first=number == 0)

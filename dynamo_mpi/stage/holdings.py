@@ -7,7 +7,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.stage.manifest import SourceChangedError
+from dynamo_mpi.stage.manifest import SourceChangedError, StageError
+from dynamo_mpi.stage.store import digest_of
 
 if TYPE_CHECKING:
     from dynamo_mpi.stage.manifest import Extent, Manifest
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class Holdings:
     """The extents that a node has. Thread-safe.
 
-    An extent may come twice, from a reader and from a neighbour: the first that is complete counts, and the other must be the same.
+    An extent may come twice, from a reader and from a neighbour: the first that is complete counts, and the other must be the same. What two
+    threads have written, one over the other, is read again before it is stored.
 
     Args:
         manifest: the model.
@@ -33,6 +35,8 @@ class Holdings:
         for extent in self.extents:
             self._missing[extent.file] += 1
         self._writers = [0] * len(manifest.files)
+        self._first_writer: dict[int, int] = {}
+        self._written_twice: set[int] = set()
         self._unsynced = len(manifest.files)
         self._to_sync: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.size = 0
@@ -78,6 +82,8 @@ class Holdings:
             if self._digests[number]:
                 return False
             self._writers[file] += 1
+            if self._first_writer.setdefault(number, threading.get_ident()) != threading.get_ident():
+                self._written_twice.add(number)
         try:
             self._copy.write(file, offset, data)
         finally:
@@ -110,9 +116,10 @@ class Holdings:
         """Store files as they become complete, until the last one is stored or `close`; return whether this call has stored the last one.
 
         Raises:
-            StageError: a file can't be stored.
+            StageError: a file can't be stored, or has not the bytes of which the digest was computed.
         """
         while (file := self._to_sync.get()) is not None:
+            self._check_written_twice(file)
             self._copy.sync(file)
             with self._lock:
                 self._unsynced -= 1
@@ -124,6 +131,17 @@ class Holdings:
         """End the calls of `sync`."""
         for _ in range(callers):
             self._to_sync.put(None)
+
+    def _check_written_twice(self, file: int) -> None:
+        with self._lock:
+            numbers = sorted(self._written_twice)
+        for number in numbers:
+            extent = self.extents[number]
+            if extent.file != file:
+                continue
+            if digest_of(self._copy.files.descriptor(file), extent.offset, extent.length) != self._digests[number]:
+                path, end = self._manifest.files[file].path, extent.offset + extent.length
+                raise StageError(f"{path} was read or has arrived damaged (bytes {extent.offset} to {end})")
 
     def _sync_if_written(self, file: int) -> None:
         with self._lock:

@@ -18,10 +18,12 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.cgroup import read_limits
 from dynamo_mpi.common.own_files import OwnFolder, reason
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.manifest import Manifest, StageError
@@ -35,6 +37,7 @@ _MAX_MARKER_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
 _HASHERS = 8
+_MUTEX_SECONDS, _POLL_SECONDS = 10.0, 0.01
 _SHARED_TYPES = frozenset(
     {"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "9p", "afs", "fuse"}
 )
@@ -89,12 +92,17 @@ class Store:
                 parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own,
             ):
                 self.path = os.path.realpath(own.path)
+            self.type = file_system_type(self.path)
             self._root = OwnFolder(self.path, guarded=True)
         except OSError as error:
             raise StageError(f"{folder} can't be used: {reason(error)}") from None
-        self.type = file_system_type(self.path)
         if self.type.partition(".")[0] in _SHARED_TYPES and "overlay" not in self.type:
+            self.close()
             raise StageError(f"{folder} is on a shared file system ({self.type}), not on a disk of this node")
+
+    def close(self) -> None:
+        """Let go of the folder. Idempotent."""
+        self._root.close()
 
     @property
     def in_memory(self) -> bool:
@@ -127,7 +135,7 @@ class Store:
             digests: whether to read all of its files to check them, beside their sizes and times.
 
         Raises:
-            StageError: there are no locks here.
+            StageError: there are no locks here, or another process holds up all others.
         """
         if not self._lock(lock, fcntl.LOCK_SH):
             return State.BUSY
@@ -141,7 +149,7 @@ class Store:
                 return State.BUSY
             # made meanwhile; but what was just found to be damaged stays so
             if not digests and self.is_complete(manifest):
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                self._lock_soon(lock, fcntl.LOCK_SH)
                 os.utime(lock)
                 return State.COMPLETE
         return State.MISSING
@@ -149,11 +157,11 @@ class Store:
     def share(self, lock: int) -> None:
         """Keep a copy that the caller has made: from now on, other workers can use it too."""
         with self._mutex():
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            self._lock_soon(lock, fcntl.LOCK_SH)
         os.utime(lock)
 
     def is_complete(self, manifest: Manifest, *, digests: bool = False) -> bool:
-        """Return whether there is a complete copy: its marker, and every file with its size and time, and no other file."""
+        """Return whether there is a complete copy: its marker, and every file with its size and time."""
         path = self.copy_path(manifest.folder_name)
         try:
             marker = self._read_marker(manifest.folder_name)
@@ -171,9 +179,12 @@ class Store:
         return not digests or _has_digests(path, marker)
 
     def clear(self, name: str) -> None:
-        """Remove what is left of a copy, whose exclusive lock the caller has."""
-        for left in (f"{PARTIAL}{name}", name):
-            shutil.rmtree(os.path.join(self.path, left), ignore_errors=True)
+        """Remove what is left of a copy, whose exclusive lock the caller has. A complete one is hidden first: all of it goes at once."""
+        partial = os.path.join(self.path, f"{PARTIAL}{name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rename(self.copy_path(name), partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def make_room(self, size: int, name: str) -> list[str]:
         """Make room for a copy of ``size`` bytes: remove what killed workers have left, then unused copies, the least recently used first.
@@ -194,17 +205,21 @@ class Store:
                 removed.append(entry.name)
         free = self.free_bytes()
         if free < needed:
-            where = f"{self.path} ({'memory' if self.in_memory else self.type})"
+            kind = "memory, within the job's limit" if self.in_memory else self.type
             used = [entry.name for entry in entries if entry.in_use and entry.name != name]
             kept = f"; in use and kept: {', '.join(used)}" if used else ""
-            raise StageError(f"{where} has {gib(free)} free, and the model needs {gib(needed)}{kept}")
+            raise StageError(f"{self.path} ({kind}) has {gib(free)} free, and the model needs {gib(needed)}{kept}")
         return removed
 
     def free_bytes(self) -> int:
-        """Return how many bytes can be written here; of memory, what the node can give."""
+        """Return how many bytes can be written here; of memory, what the node and the job's limit can give."""
         status = os.statvfs(self.path)
         free = status.f_bavail * status.f_frsize
-        return min(free, _available_memory()) if self.in_memory else free
+        if not self.in_memory:
+            return free
+        limits = read_limits()
+        left = free if limits.memory is None else max(0, limits.memory - limits.memory_used)
+        return min(free, _available_memory(), left)
 
     def remove(self, name: str) -> bool:
         """Remove a copy, unless it is in use; return whether it was removed."""
@@ -216,8 +231,9 @@ class Store:
             with self._mutex():
                 if not self._lock(lock, fcntl.LOCK_EX):
                     return False
-                self.clear(name)
-                return not os.path.lexists(self.copy_path(name))
+            # not within the mutex, for which all other workers wait: this may take minutes
+            self.clear(name)
+            return not os.path.lexists(self.copy_path(name))
         finally:
             os.close(lock)
 
@@ -255,11 +271,24 @@ class Store:
             raise StageError(f"{self.path} has no locks: {error.strerror}") from None
         return True
 
+    def _lock_soon(self, lock: int, kind: int) -> None:
+        """Lock what others hold for moments only."""
+        end = time.monotonic() + _MUTEX_SECONDS
+        while not self._lock(lock, kind):
+            if time.monotonic() >= end:
+                raise StageError(
+                    f"another process has locked {self.path} for {_MUTEX_SECONDS:g} s: end or resume it (a stopped 'dynamo-mpi stage'?)"
+                )
+            time.sleep(_POLL_SECONDS)
+
     @contextlib.contextmanager
     def _mutex(self) -> Iterator[None]:
-        lock = self._root.open(LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = self._root.open(LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise StageError(f"{self.path} can't be used: {reason(error)}") from None
+        try:
+            self._lock_soon(lock, fcntl.LOCK_EX)
             yield
         finally:
             os.close(lock)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.common.cgroup import CgroupLimits, cpu_share, own_groups, read_limits
 from dynamo_mpi.common.networks import HostNetworks, Interface
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, MpiLibrary
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
@@ -23,15 +24,7 @@ from dynamo_mpi.ops.doctor.fabric import (
     missing_for_ucx,
     read_rdma_ports,
 )
-from dynamo_mpi.ops.doctor.host_facts import (
-    CgroupLimits,
-    Segment,
-    cpu_share,
-    own_groups,
-    own_segments,
-    read_limits,
-    unused,
-)
+from dynamo_mpi.ops.doctor.host_facts import Segment, own_segments, unused
 from dynamo_mpi.ops.doctor.mpi import loaded_libraries
 from dynamo_mpi.supervisor.leftovers import mapped_path, paths_in_use
 from tests.conftest import ROOT
@@ -419,6 +412,12 @@ def test_cgroups_of_both_versions(tmp_path: Path) -> None:
     (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
     (tmp_path / "job" / "step" / "cpu.max").write_text("150000 100000\n")
     assert read_limits(tmp_path, own) == CgroupLimits(1.5, 1000, 10)
+    (tmp_path / "job" / "memory.stat").write_text("anon 1\nactive_file 3\ninactive_file 4\n")
+    (tmp_path / "memory.max").write_text("2000\n")
+    (tmp_path / "memory.current").write_text("1995\n")
+    assert read_limits(tmp_path, own) == CgroupLimits(1.5, 2000, 1995), "the group with the least left"
+    (tmp_path / "memory.current").write_text("20\n")
+    assert read_limits(tmp_path, own) == CgroupLimits(1.5, 1000, 3), "cached files can be given back"
     old = tmp_path / "v1"
     (old / "memory" / "job").mkdir(parents=True)
     own.write_text("5:memory:/job\n4:cpu,cpuacct:/\n")

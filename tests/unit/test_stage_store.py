@@ -3,17 +3,31 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.cgroup import CgroupLimits
 from dynamo_mpi.stage import manifest as manifests
+from dynamo_mpi.stage.helper import Helper, HelperPlan
+from dynamo_mpi.stage.holdings import Holdings
 from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, StageError, scan
 from dynamo_mpi.stage.partial import PartialCopy
 from dynamo_mpi.stage.pool import SLOW_SECONDS, WAY_SECONDS, Pool
-from dynamo_mpi.stage.store import MARKER, PARTIAL, State, Store, digest_of
+from dynamo_mpi.stage.store import LOCK, MARKER, PARTIAL, State, Store, digest_of
+from dynamo_mpi.stage.wire import Peer
 
 MIB = 1 << 20
 
@@ -39,15 +53,15 @@ def copy(store: Store, manifest: Manifest) -> int:
     """Make a copy as a node alone does; return its lock, shared."""
     lock = store.open_lock(manifest.folder_name)
     assert store.take(lock, manifest) is State.MISSING
-    partial = PartialCopy(store, manifest)
+    part = PartialCopy(store, manifest)
     digests = []
     for file, offset, length in manifest.extents():
         data = (Path(manifest.source) / manifest.files[file].path).read_bytes()[offset : offset + length]
-        partial.write(file, offset, memoryview(data))
-        digests.append(digest_of(partial.files.descriptor(file), offset, length))
+        part.write(file, offset, memoryview(data))
+        digests.append(digest_of(part.files.descriptor(file), offset, length))
     for number in range(len(manifest.files)):
-        partial.sync(number)
-    partial.publish(tuple(digests))
+        part.sync(number)
+    part.publish(tuple(digests))
     store.share(lock)
     return lock
 
@@ -145,11 +159,11 @@ def test_nothing_is_visible_before_it_is_published(model: Path, store: Store) ->
     manifest = scan(str(model))
     lock = store.open_lock(manifest.folder_name)
     assert store.take(lock, manifest) is State.MISSING
-    partial = PartialCopy(store, manifest)
-    partial.write(0, 0, memoryview(b"{}"))
+    part = PartialCopy(store, manifest)
+    part.write(0, 0, memoryview(b"{}"))
     assert not os.path.exists(store.copy_path(manifest.folder_name))
     assert not store.is_complete(manifest)
-    partial.discard()
+    part.discard()
     assert not any(name.startswith(PARTIAL) for name in os.listdir(store.path))
     os.close(lock)
 
@@ -260,12 +274,132 @@ def test_a_shared_file_system_is_no_place_for_copies(tmp_path: Path, monkeypatch
         Store(str(tmp_path / "local"))
 
 
+def test_a_removal_that_takes_long_holds_up_no_other_worker(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = scan(str(model))
+    name = manifest.folder_name
+    os.close(copy(store, manifest))
+    removing, may_end = threading.Event(), threading.Event()
+
+    def slow(path: str, **_: object) -> None:
+        if os.path.exists(path):
+            removing.set()
+            assert may_end.wait(30)
+            rmtree(path)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr("dynamo_mpi.stage.store.shutil.rmtree", slow)
+    monkeypatch.setattr("dynamo_mpi.stage.store._MUTEX_SECONDS", 0.0)
+    lock, other = store.open_lock(name), store.open_lock("other")
+    with ThreadPoolExecutor(1) as pool:
+        removed = pool.submit(store.remove, name)
+        try:
+            assert removing.wait(30)
+            assert not os.path.exists(store.copy_path(name)), "it is hidden before its first file goes"
+            assert store.take(lock, manifest) is State.BUSY
+            assert store.take(other, manifest._replace(source="/other")) is State.MISSING
+        finally:
+            may_end.set()
+        assert removed.result(30)
+    assert store.take(lock, manifest) is State.MISSING
+    os.close(lock)
+    os.close(other)
+
+
+def test_a_process_that_stopped_with_the_lock_is_waited_for_only_so_long(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo_mpi.stage.store._MUTEX_SECONDS", 0.05)
+    held = os.open(os.path.join(store.path, LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    lock = store.open_lock("x")
+    with pytest.raises(StageError, match=r"another process has locked .* for 0\.05 s: end or resume it"):
+        store.take(lock, scan(str(model)))
+    os.close(held)
+    assert store.take(lock, scan(str(model))) is State.MISSING
+    os.close(lock)
+
+
+def test_memory_has_room_up_to_the_job_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = CgroupLimits(memory=100 * MIB, memory_used=30 * MIB)
+    monkeypatch.setattr("dynamo_mpi.stage.store.read_limits", lambda: limits)
+    on_disk = Store(str(tmp_path / "disk"))
+    assert on_disk.free_bytes() > 70 * MIB
+    monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "tmpfs")
+    in_memory = Store(str(tmp_path / "memory"))
+    assert in_memory.free_bytes() == 70 * MIB
+    with pytest.raises(StageError, match=r"\(memory, within the job's limit\) has 0\.1 GiB free"):
+        in_memory.make_room(70 * MIB, "new")
+
+
 def test_a_marker_is_json_with_the_digests(model: Path, store: Store) -> None:
     manifest = scan(str(model))
     os.close(copy(store, manifest))
     marker = json.loads((Path(store.copy_path(manifest.folder_name)) / MARKER).read_text())
     assert marker["source"] == str(model)
     assert [len(digest) for digest in marker["digests"]] == [64, 64, 64]
+
+
+# -- what arrives ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [b"{}", b"[]"])
+def test_what_two_threads_have_written_is_read_again(model: Path, store: Store, other: bytes) -> None:
+    manifest = scan(str(model))
+    holdings = Holdings(manifest, PartialCopy(store, manifest))
+    assert holdings.write(0, 0, memoryview(b"{}"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(holdings.write, 0, 0, memoryview(other)).result()
+    assert holdings.arrived(0, hashlib.sha256(b"{}").hexdigest())
+    assert not holdings.write(0, 0, memoryview(other)), "what is complete isn't touched"
+    holdings.close(1)
+    if other == b"{}":
+        assert not holdings.sync()
+    else:
+        with pytest.raises(StageError, match=r"config\.json was read or has arrived damaged \(bytes 0 to 2\)"):
+            holdings.sync()
+
+
+def helpers_of(tmp_path: Path, model: Path, count: int) -> list[Helper]:
+    """Return the helpers of a ring of nodes on loopback, each with a folder of its own."""
+    manifest, token = scan(str(model)), secrets.token_hex(32)
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ring = tuple(Peer(f"n{node}", *listener.getsockname()) for node, listener in enumerate(listeners))
+    helpers = []
+    for node, listener in enumerate(listeners):
+        store = Store(str(tmp_path / f"n{node}"))
+        lock = store.open_lock(manifest.folder_name)
+        assert store.take(lock, manifest) is State.MISSING
+        place = (lock, node, ring, ring[0], node == 0, listener.detach(), token, 2, 60.0)
+        helpers.append(Helper(HelperPlan(str(tmp_path / f"n{node}"), manifest.to_json(), *place), lambda _: None))
+    return helpers
+
+
+def run_helpers(helpers: list[Helper]) -> list[Callable[[], dict[str, object]]]:
+    """Start helpers; return functions that wait for their results."""
+    pool = ThreadPoolExecutor(len(helpers))
+    futures = [pool.submit(helper.run) for helper in helpers]
+    pool.shutdown(wait=False)
+    return [partial(future.result, 60) for future in futures]
+
+
+def test_a_node_that_makes_room_for_long_still_takes_its_neighbour_s_streams(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_room = Store.make_room
+
+    def slowly(self: Store, size: int, name: str) -> list[str]:
+        if self.path.startswith(str(tmp_path / "n1")):
+            time.sleep(1.5)  # longer than connecting may take
+        return make_room(self, size, name)
+
+    monkeypatch.setattr("dynamo_mpi.stage.helper._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(Store, "make_room", slowly)
+    results = [result() for result in run_helpers(helpers_of(tmp_path, model, 2))]
+    assert [result["result"] for result in results] == ["done", "done"], results
+    for node in range(2):
+        assert Store(str(tmp_path / f"n{node}")).is_complete(scan(str(model)), digests=True)
 
 
 # -- who reads what -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files
 from dynamo_mpi.checks.host_facts import HostFacts, room
 from dynamo_mpi.checks.host_rules import check_shared_memory
 from dynamo_mpi.checks.rank_facts import RankFacts
+from dynamo_mpi.common.cgroup import CgroupLimits, read_limits
 from dynamo_mpi.common.process import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error_or_warning, of_finding, ok, warning
-from dynamo_mpi.ops.doctor.host_facts import CgroupLimits, Segment, own_segments, read_limits, unused
+from dynamo_mpi.ops.doctor.host_facts import Segment, own_segments, unused
 from dynamo_mpi.supervisor.leftovers import paths_in_use
 
 if TYPE_CHECKING:
