@@ -188,8 +188,10 @@ def mount(source: str, target: str, flags: str = "") -> str:
 
 # lines of slurmstepd, after srun's label, and of srun for options that it refuses itself
 _PYXIS = re.compile(r"^(?: *(\d+): ?)?(?:slurmstepd\S*|srun): error: pyxis: *(.+)$", re.MULTILINE)
+# Slurm's names of the calls before a task's program runs: task_exit() and exit(), where Pyxis exports and removes containers, come after it
+_BEFORE = "init|init_post_opt|local_user_init|user_init|task_init_privileged|task_init|task_post_fork"
 _FAILED = re.compile(
-    r"error: spank: required plugin \S*pyxis\S*\.so: \w+\(\) failed|^srun: error: pyxis: ", re.MULTILINE
+    rf"error: spank: required plugin \S*pyxis\S*\.so: (?:{_BEFORE})\(\) failed|^srun: error: pyxis: ", re.MULTILINE
 )
 # these follow from another line, or come before it
 _CONSEQUENCES = re.compile(

@@ -73,6 +73,21 @@ def test_a_failure_without_a_reason_is_one_all_the_same() -> None:
     assert (failure.code, "gives no reason" in failure.words) == (ExitCode.NO_MODEL, True)
 
 
+@pytest.mark.parametrize("call", ["task_exit", "exit"])
+def test_what_fails_after_the_tasks_is_no_failure_to_start(call: str) -> None:
+    # an export, a removal: the worker's own exit code counts
+    text = (
+        "0: slurmstepd: error: pyxis: failed to export container to file: /full/image.sqsh\n"
+        f"0: slurmstepd: error: spank: required plugin spank_pyxis.so: {call}() failed with rc=-1\n"
+    )
+    assert pyxis_failure(text) is None
+
+
+@pytest.mark.parametrize("call", ["init", "init_post_opt", "user_init", "task_init_privileged", "task_post_fork"])
+def test_each_call_before_the_task_is_one_to_start_it(call: str) -> None:
+    assert pyxis_failure(f"slurmstepd: error: spank: required plugin spank_pyxis.so: {call}() failed with rc=-1\n")
+
+
 @pytest.mark.parametrize(
     ("words", "environ", "rest", "mounts", "variables"),
     [
