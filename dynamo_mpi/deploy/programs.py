@@ -212,9 +212,11 @@ def _common(own: Mapping[str, str], scratch: Path, hosts: Sequence[str] = ()) ->
 
 
 def _writable_home(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
-    """Return another HOME if the present one can't be written, as in enroot's containers: Dynamo keeps models' cards in
+    """Return another HOME if there is none that can be written, as in enroot's containers: Dynamo keeps models' cards in
     ``$HOME/.cache/dynamo`` and nowhere else, and lists no model where it can't."""
-    home = Path(own.get("HOME") or Path.home())
+    home = Path(own.get("HOME") or os.path.expanduser("~"))
+    if str(home) == "~":  # neither HOME nor an entry for this user
+        return {"HOME": str(scratch)}
     cache = home / ".cache" / "dynamo" / "mdc" / "blobs"
     nearest = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
     if os.access(nearest, os.W_OK | os.X_OK):

@@ -109,7 +109,7 @@ def planned_card(settings: Settings, config: EngineConfig, model_context: int | 
         settings.served_model_name,
         "aggregated" if settings.role == "agg" else settings.role,
         settings.model,
-        Path(template).expanduser() if template else None,
+        Path(os.path.expanduser(template)) if template else None,
         context,
         block,
     )

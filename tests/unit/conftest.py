@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import pwd
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -57,3 +59,14 @@ def shared() -> Iterator[Path]:
         folder = Path(text)
         folder.chmod(0o1777)
         yield folder
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this user have no home directory: no HOME, and no entry in the system's list of users."""
+
+    def getpwuid(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)

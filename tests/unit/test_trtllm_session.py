@@ -19,6 +19,7 @@ from dynamo_mpi.engines.trtllm.engine_log import EngineErrors
 from dynamo_mpi.engines.trtllm.flashinfer import claim_workspace
 from dynamo_mpi.engines.trtllm.session import _receive
 from dynamo_mpi.engines.trtllm.task import TaskEnd
+from tests.unit.neighbour import NOBODY, needs_root
 
 # workspaces
 
@@ -95,6 +96,54 @@ def test_where_nothing_can_be_written_it_is_a_temporary_one(tmp_path: Path) -> N
     assert len(said) == 1
     assert "no FlashInfer workspace in " in said[0]
     assert "set TRTLLM_CACHE_DIR" in said[0]
+
+
+def test_a_user_without_a_home_gets_a_temporary_one(no_home: None) -> None:
+    environ, said = dict[str, str](), list[str]()
+    claim_workspace(0, 1, environ, said.append)
+    assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
+    assert "FLASHINFER_CUBIN_DIR" not in environ
+    (warning,) = said
+    assert "HOME isn't set" in warning
+
+
+def test_a_named_folder_needs_no_home(no_home: None, tmp_path: Path) -> None:
+    environ = {"TRTLLM_CACHE_DIR": str(tmp_path)}
+    claim_workspace(0, 1, environ, pytest.fail)
+    assert environ["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path / "flashinfer/rank-0")
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    slot = tmp_path / "flashinfer/rank-0"
+    slot.mkdir(parents=True)
+    slot.chmod(0o777)
+    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
+    claim_workspace(0, 1, environ, said.append)
+    assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
+    (warning,) = said
+    assert f"{slot} is a folder that others can write" in warning
+    assert list(slot.iterdir()) == []
+
+
+@needs_root
+def test_another_users_folder_is_not_used(tmp_path: Path) -> None:
+    slot = tmp_path / "flashinfer/rank-0"
+    slot.mkdir(parents=True)
+    os.chown(slot, NOBODY, NOBODY)
+    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
+    claim_workspace(0, 1, environ, said.append)
+    assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
+    assert f"{slot} belongs to user {NOBODY}" in said[0]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    slot, target = tmp_path / "flashinfer/rank-0", tmp_path / "target"
+    slot.mkdir(parents=True, mode=0o700)
+    (slot / ".lock").symlink_to(target)
+    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
+    claim_workspace(0, 1, environ, said.append)
+    assert ".lock is a link" in said[0]
+    assert not target.exists()
 
 
 # the engine's log

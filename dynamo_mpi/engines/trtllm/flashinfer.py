@@ -2,13 +2,15 @@
 """A FlashInfer workspace for each rank, as TensorRT-LLM's launcher gives its ranks one.
 
 FlashInfer compiles kernels into its workspace, and ranks that share one read files that another one is writing. A rank takes a slot that no
-other process holds, so that worlds beside each other, or with one home directory, don't meet; slots stay, with what was compiled.
+other process holds, so that worlds beside each other, or with one home directory, don't meet; slots stay, with what was compiled. Compiled
+libraries are loaded from there, so no other user may write or replace the folder.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.files import private_dir
+from dynamo_mpi.common.own_files import OwnFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
@@ -40,31 +43,34 @@ def claim_workspace(rank: int, size: int, environ: MutableMapping[str, str], war
     """
     if environ.get(_WORKSPACE) or environ.get(_PER_PROCESS) == "0":
         return
-    caches = Path(environ.get("HOME") or "~").expanduser() / ".cache"
+    # "~" stays where there is neither HOME nor an entry for this user
+    home = environ.get("HOME") or os.path.expanduser("~")
     # one root for all of TensorRT-LLM's caches, if the user has named it
-    shared = environ.get("TRTLLM_CACHE_DIR")
-    root = Path(shared).expanduser() if shared else caches / "tensorrt_llm"
+    root = Path(os.path.expanduser(environ.get("TRTLLM_CACHE_DIR") or f"{home}/.cache/tensorrt_llm"))
     try:
+        if str(root).startswith("~"):
+            raise FileNotFoundError(errno.ENOENT, "HOME isn't set, and this user has no home directory")
         workspace = _lock_slot(root / "flashinfer", rank, size)
     except OSError as error:
         workspace = _temporary_workspace(error)
         warn(
             f"no FlashInfer workspace in {root} ({error.strerror}): kernels are compiled into {workspace}, at each start; "
-            f"set TRTLLM_CACHE_DIR to a folder that can be written"
+            f"set TRTLLM_CACHE_DIR to a folder that this user, and no other, can write"
         )
     environ[_WORKSPACE] = str(workspace)
     environ[_MANAGED] = "1"
-    # the cubins that it downloads are shared
-    environ.setdefault("FLASHINFER_CUBIN_DIR", str(caches / "flashinfer" / "cubins"))
+    if home != "~":
+        # the cubins that it downloads are shared
+        environ.setdefault("FLASHINFER_CUBIN_DIR", os.path.join(home, ".cache/flashinfer/cubins"))
 
 
 def _lock_slot(root: Path, slot: int, stride: int) -> Path:
     """Return the first free slot. Its lock is this process's until it ends."""
     while True:
         workspace = root / f"rank-{slot}"
-        workspace.mkdir(parents=True, exist_ok=True)
-        # never closed, and not inherited: the kernel releases the lock with the process
-        lock = os.open(workspace / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with OwnFolder(workspace, guarded=True, create=True) as folder:
+            # never closed, and not inherited: the kernel releases the lock with the process
+            lock = folder.open(".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
