@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import os
@@ -10,13 +11,16 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dynamo_mpi.common.host_address import is_here
 from dynamo_mpi.common.ports import holds_port
-from dynamo_mpi.engines.trtllm.readiness_main import Completion, completion_request, find_instance, judge
+from dynamo_mpi.engines.trtllm.readiness_main import Completion, ask, completion_request, find_instance, judge
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 def instance(number: int, address: str, kind: str = "tcp") -> Any:
@@ -89,3 +93,45 @@ def test_one_token_over_and_over_is_a_warning() -> None:
     assert judge(Completion([5] * 7 + [6], [])) == ""
     # the first completion alone is too short to tell
     assert judge(Completion([5, 5], [])) == ""
+
+
+class Engine:
+    """Answers the first completion; the second one as ``checked`` is: with an error, with this chunk, or, for None, never."""
+
+    def __init__(self, checked: Exception | dict[str, Any] | None) -> None:
+        self.checked = checked
+
+    async def direct(self, request: dict[str, Any], number: int) -> AsyncIterator[Any]:
+        assert number == 5
+        is_second = request["stop_conditions"]["max_tokens"] > 2
+        answer = self.checked if is_second else {"token_ids": [1, 2]}
+        if isinstance(answer, Exception):
+            raise answer
+        return self._chunks(answer)
+
+    async def _chunks(self, data: dict[str, Any] | None) -> AsyncIterator[Any]:
+        if data is None:
+            await asyncio.Event().wait()
+        yield SimpleNamespace(is_error=lambda: False, data=lambda: data)
+
+
+def warning_of(checked: Exception | dict[str, Any] | None, *, log_probs: bool = True, seconds: float = 60.0) -> str:
+    arguments = argparse.Namespace(role="agg", token_id=7, log_probs=log_probs)
+    return asyncio.run(ask(Engine(checked), arguments, 5, seconds))
+
+
+def test_a_second_completion_that_never_comes_is_a_warning() -> None:
+    assert warning_of(None, seconds=0.01) == "log probabilities were not checked: no answer in 0.01 s"
+
+
+def test_a_second_completion_that_fails_is_a_warning_with_its_reason() -> None:
+    refused = RuntimeError("logits are\nNaN")
+    assert warning_of(refused) == "log probabilities were not checked: RuntimeError: logits are NaN"
+    assert warning_of(refused, log_probs=False) == "a longer answer was not checked: RuntimeError: logits are NaN"
+
+
+def test_a_second_completion_is_judged() -> None:
+    assert warning_of({"token_ids": [1, 2, 3], "log_probs": [-0.5, -0.1, -0.2]}) == ""
+    assert "8 times token 5" in warning_of({"token_ids": [5] * 8})
+    with pytest.raises(RuntimeError, match="no numbers"):
+        warning_of({"token_ids": [1], "log_probs": [None]})

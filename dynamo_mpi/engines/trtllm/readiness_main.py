@@ -6,7 +6,8 @@ MPI process, where the engine runs, should not have. It writes one JSON object p
 ``{"proven": SECONDS, "warning": TEXT}``, or ``{"error": TEXT}``.
 
 A completion with tokens proves that the engine works, not that its weights are right. So a second one is asked for with log probabilities,
-where the engine gives them: one that is no number is an error. A text of one token over and over is a warning.
+where the engine gives them: one that is no number is an error. A text of one token over and over is a warning, and so is a second completion
+that fails or takes long.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _SETTLE_SECONDS = 1.0
 _TOKENS = 2  # the second is generated from the KV cache that the first one filled
 # sound models seldom repeat one token so often
 _CHECKED_TOKENS = 8
+_CHECK_SECONDS = 30.0
 # keeps the request out of the shared prefix cache: the engine's own dummy requests have a prompt of one token too
 _CACHE_SALT = "dynamo_mpi-proof"
 
@@ -136,15 +138,36 @@ async def probe_readiness(arguments: argparse.Namespace) -> None:
     if arguments.role == "encode":
         return
     start = time.monotonic()
+    warning = await ask(client, arguments, instance)
+    _write(proven=time.monotonic() - start, warning=warning)
+
+
+async def ask(client: Any, arguments: argparse.Namespace, instance: int, check_seconds: float = _CHECK_SECONDS) -> str:
+    """Request a completion, and another one to be judged; return a warning, or an empty text.
+
+    Args:
+        client: of the worker's endpoint.
+        arguments: the command line's.
+        instance: the worker's id.
+        check_seconds: time limit for the second completion; the first one has that of the worker's start.
+
+    Raises:
+        RuntimeError: the first completion failed, or `judge` refuses the second one.
+    """
     first = await _complete(client, completion_request(arguments.role, arguments.token_id), instance)
     if not first.tokens:
         raise RuntimeError("the completion has no tokens")
     request = completion_request(arguments.role, arguments.token_id, _CHECKED_TOKENS, log_probs=arguments.log_probs)
     try:
-        checked = await _complete(client, request, instance)
-    except Exception:  # an engine that refuses log probabilities has answered without them
-        checked = first
-    _write(proven=time.monotonic() - start, warning=judge(checked))
+        checked = await asyncio.wait_for(_complete(client, request, instance), check_seconds)
+    except asyncio.TimeoutError:
+        reason = f"no answer in {check_seconds:g} s"
+    except Exception as error:  # an engine that refuses log probabilities has answered without them
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    else:
+        return judge(checked)
+    what = "log probabilities were" if arguments.log_probs else "a longer answer was"
+    return f"{what} not checked: {reason}"
 
 
 def _write(**content: Any) -> None:
