@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dynamo_mpi.common.ports import free_port
-from dynamo_mpi.deploy.certificates import Certificates
+from dynamo_mpi.deploy.certificates import Certificates, Credentials
 from dynamo_mpi.deploy.programs import find_etcd, find_nats_server
 from dynamo_mpi.deploy.services import Etcd, Nats
 
@@ -65,7 +65,8 @@ def running_nats(config: str = "", port: int | None = None) -> contextlib.Abstra
     def make(folder: Path) -> Nats:
         file = folder / "nats.conf"
         file.write_text(config)
-        return Nats(find_nats_server(), port or free_port(), folder / "data", config=file if config else None)
+        credentials = Credentials(Certificates(folder), file, {}) if config else None
+        return Nats(find_nats_server(), port or free_port(), folder / "data", credentials=credentials)
 
     return running(make)
 

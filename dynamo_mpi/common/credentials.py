@@ -119,17 +119,29 @@ def read_services_file(path: str) -> dict[str, str]:
             if status.st_uid not in (0, os.geteuid()):
                 raise _refused(path, f"belongs to user {status.st_uid}")
             data = file.read(_MOST_BYTES)
-        environment = json.loads(data)["environment"]
-        given = {name: value for name, value in environment.items() if name in CLIENT_VARIABLES}
-        # no C string holds a zero byte
-        if not all(isinstance(value, str) and "\0" not in value for value in given.values()):
-            raise ValueError
+        return variables_in(json.loads(data))
     except PermissionError as error:
         raise _refused(path, f"can't be read: {error.strerror}") from None
     except OSError as error:
         raise _unusable(path, f"can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         raise _unusable(path, "is no services file") from None
+
+
+def variables_in(content: object) -> dict[str, str]:
+    """Return the variables in a services file's content, those of `CLIENT_VARIABLES` alone, as `usable` returns them.
+
+    Raises:
+        ValueError: it makes no sense.
+        OSError: there is no memory for a file.
+    """
+    environment = content.get("environment") if isinstance(content, dict) else None
+    if not isinstance(environment, dict):
+        raise ValueError("it has no environment")
+    given = {name: environment[name] for name in CLIENT_VARIABLES if name in environment}
+    # no C string holds a zero byte
+    if not all(isinstance(value, str) and "\0" not in value for value in given.values()):
+        raise ValueError("a variable's value is no text")
     return usable({name: value for name, value in given.items() if value})
 
 

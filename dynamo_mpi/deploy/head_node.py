@@ -130,13 +130,12 @@ class HeadNode(ServiceStack):
         self._scratch.mkdir()
         credentials = self._credentials(address)
         certificates = None if credentials is None else credentials.certificates
-        config, tls = (None, False) if credentials is None else (credentials.nats_config, credentials.nats_tls)
 
         def make_etcd(port: int) -> Etcd:
             return Etcd(etcd_binary, port, self._folder / "etcd", host=address, certificates=certificates)
 
         def make_nats(port: int) -> Nats:
-            return Nats(nats_binary, port, self._folder / "nats", host=address, config=config, tls=tls)
+            return Nats(nats_binary, port, self._folder / "nats", host=address, credentials=credentials)
 
         variables = server_environment(os.environ, self._scratch)
         starting_etcd = self.start_service(make_etcd, self._ports(settings.etcd_port, address), variables)

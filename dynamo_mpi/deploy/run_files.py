@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.credentials import CLIENT_VARIABLES, usable
+from dynamo_mpi.common.credentials import variables_in
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileError
 from dynamo_mpi.deploy.step_commands import SERVICES
@@ -92,7 +92,7 @@ class ServiceAccess(NamedTuple):
     Args:
         url: the frontend's; empty if there is none.
         host: where the services run.
-        environment: the variables for their clients, those of `CLIENT_VARIABLES` alone: the file can't set a rank's PATH.
+        environment: the variables for their clients, see `variables_in`: the file can't set a rank's PATH.
     """
 
     url: str
@@ -103,12 +103,8 @@ class ServiceAccess(NamedTuple):
 def read_services(folder: OwnFolder) -> ServiceAccess | None:
     """Read ``services.json``; None if it doesn't exist yet, or makes no sense."""
     try:
-        content = read_object(folder, SERVICES)
+        content = read_object(folder, SERVICES) or {}
+        environment = variables_in(content)
     except (OSError, ValueError):
         return None
-    given = (content or {}).get("environment")
-    if content is None or not isinstance(given, dict):
-        return None
-    known = {name: str(given[name]) for name in CLIENT_VARIABLES if name in given}
-    environment = usable({name: value for name, value in known.items() if "\0" not in value})
     return ServiceAccess(str(content.get("url") or ""), str(content.get("host") or ""), environment)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo_mpi.common.subprocess import LoggedProcess
-    from dynamo_mpi.deploy.certificates import Certificates
+    from dynamo_mpi.deploy.certificates import Certificates, Credentials
 
 LOG_LINES = 20
 
@@ -150,8 +150,7 @@ class Nats:
         port: the port for clients.
         data: folder for JetStream's store.
         host: the address for clients.
-        config: file with the credentials, which must not appear in a command line; None accepts all clients.
-        tls: whether that file asks clients for TLS.
+        credentials: what it asks of clients, by a file, as a password must not appear in a command line; None accepts all clients.
     """
 
     binary: Path
@@ -159,15 +158,15 @@ class Nats:
     data: Path
     name: str = "nats"
     host: str = LOOPBACK
-    config: Path | None = None
-    tls: bool = False
+    credentials: Credentials | None = None
 
     @property
     def url(self) -> str:
-        return f"{'tls' if self.tls else 'nats'}://{in_url(self.host)}:{self.port}"
+        is_tls = self.credentials is not None and self.credentials.nats_tls
+        return f"{'tls' if is_tls else 'nats'}://{in_url(self.host)}:{self.port}"
 
     def command(self) -> tuple[str, ...]:
-        config = () if self.config is None else ("-c", str(self.config))
+        config = () if self.credentials is None else ("-c", str(self.credentials.nats_config))
         return (str(self.binary), *config, "-a", self.host, "-p", str(self.port), "-js", "-sd", str(self.data))
 
     def environment(self) -> dict[str, str]:

@@ -26,8 +26,10 @@ from dynamo_mpi.common.credentials import (
     split_clients,
 )
 from dynamo_mpi.common.errors import AuthorizationError, ExitCode, UsageError
+from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
+from dynamo_mpi.deploy.run_files import read_services
 from tests.conftest import ROOT
 from tests.unit.neighbour import NOBODY, needs_root
 
@@ -131,6 +133,26 @@ def test_secrets_of_the_file_are_redacted(tmp_path: Path) -> None:
 def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, environment: object) -> None:
     with pytest.raises(UsageError, match="is no services file"):
         read_services_file(services_file(tmp_path, environment))
+    with OwnFolder(tmp_path) as folder:
+        assert read_services(folder) is None
+
+
+def test_a_run_folders_file_is_read_as_a_services_file_is(tmp_path: Path) -> None:
+    given = {
+        "ETCD_ENDPOINTS": "https://ours:1",
+        "NATS_AUTH_PASSWORD": SECRET,
+        "ETCD_AUTH_USERNAME": "",
+        "PATH": "/theirs",
+    }
+    path = services_file(tmp_path, given)
+    with OwnFolder(tmp_path) as folder:
+        found = read_services(folder)
+    assert found is not None
+    assert (
+        found.environment
+        == read_services_file(path)
+        == {"ETCD_ENDPOINTS": "https://ours:1", "NATS_AUTH_PASSWORD": SECRET}
+    )
 
 
 MADE_BY: dict[str, tuple[Callable[[Path], object], str]] = {

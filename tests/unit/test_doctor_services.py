@@ -13,7 +13,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageError
 from dynamo_mpi.common.ports import free_port
-from dynamo_mpi.deploy.certificates import Certificates
+from dynamo_mpi.deploy.certificates import Certificates, Credentials
 from dynamo_mpi.deploy.programs import find_nats_server
 from dynamo_mpi.deploy.services import Nats
 from dynamo_mpi.discovery.etcd import EtcdAuth
@@ -149,7 +149,8 @@ def test_a_nats_that_wants_a_password() -> None:
     def guarded(folder: Path) -> Nats:
         config = folder / "nats.conf"
         config.write_text('authorization { user: "dynamo", password: "hunter2" }')
-        return Nats(find_nats_server(), free_port(), folder, config=config)
+        credentials = Credentials(Certificates(folder), config, {})
+        return Nats(find_nats_server(), free_port(), folder, credentials=credentials)
 
     with running(guarded) as server:
         known = {"NATS_SERVER": server, "NATS_AUTH_USERNAME": "dynamo", "NATS_AUTH_PASSWORD": "hunter2"}

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoM
 from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
 from dynamo_mpi.deploy import programs
-from dynamo_mpi.deploy.certificates import Certificates, make_certificates, openssl_calls, openssl_config
+from dynamo_mpi.deploy.certificates import Certificates, Credentials, make_certificates, openssl_calls, openssl_config
 from dynamo_mpi.deploy.head_node import CHECKED, Ports, candidates, main, offset, services
 from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, load_settings
 from dynamo_mpi.deploy.programs import frontend_environment, server_environment
@@ -187,8 +188,11 @@ def test_no_secret_stands_in_a_command_line_and_paths_stay_whole(name: str) -> N
     assert {"--client-cert-auth", "--peer-client-cert-auth"} <= set(command)
     assert dict(pairwise(command))["--key-file"] == str(folder / "server.key")
     assert not any(word.startswith("http://") for word in command)
-    nats = Nats(Path("/bin/nats-server"), 4222, folder / "nats", host="10.0.0.1", config=folder / "nats.conf")
+    given = Credentials(Certificates(folder), folder / "nats.conf", {}, nats_tls=True)
+    nats = Nats(Path("/bin/nats-server"), 4222, folder / "nats", host="10.0.0.1", credentials=given)
     assert nats.command()[:3] == ("/bin/nats-server", "-c", str(folder / "nats.conf"))
+    assert nats.url == "tls://10.0.0.1:4222"
+    assert replace(nats, credentials=replace(given, nats_tls=False)).url == "nats://10.0.0.1:4222"
 
 
 def test_ipv6_stands_in_brackets() -> None:
@@ -240,6 +244,10 @@ def test_a_home_that_cannot_be_written_is_replaced_for_the_frontend() -> None:
     given = frontend_environment({"HOME": "/proc/self"}, Path("/s"), ())
     assert (given["HOME"], given["HF_HOME"]) == ("/s", "/proc/self/.cache/huggingface")
     assert frontend_environment({"HOME": "/proc/self", "HF_HOME": "/hf"}, Path("/s"), ())["HF_HOME"] == "/hf"
+
+
+def test_a_user_without_a_home_gets_one_for_the_frontend(no_home: None) -> None:
+    assert frontend_environment({"PATH": "/bin"}, Path("/s"), ())["HOME"] == "/s"
 
 
 # certificates

@@ -127,14 +127,13 @@ class LocalStack(ServiceStack):
         variables = local_environment(os.environ, self._scratch)
         credentials = self.make_credentials(LOOPBACK, "localhost") if self._settings.credentials else None
         certificates = None if credentials is None else credentials.certificates
-        config, tls = (None, False) if credentials is None else (credentials.nats_config, credentials.nats_tls)
         starting_etcd = self.start_service(
             lambda port: Etcd(etcd_binary, port, self._folder / "etcd", host=LOOPBACK, certificates=certificates),
             loopback_ports(),
             variables,
         )
         starting_nats = self.start_service(
-            lambda port: Nats(nats_binary, port, self._folder / "nats", host=LOOPBACK, config=config, tls=tls),
+            lambda port: Nats(nats_binary, port, self._folder / "nats", host=LOOPBACK, credentials=credentials),
             loopback_ports(),
             variables,
         )
