@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import without_controls
-from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.os_errors import of_os_error
@@ -26,7 +27,16 @@ from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Mpirun, Srun, folder_environment, token_of
-from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_dry_run, of_hostfile
+from dynamo_mpi.deploy.nodes import (
+    STAND_IN_JOB,
+    Nodes,
+    allocated,
+    assign,
+    choose,
+    nodes_wanted,
+    of_dry_run,
+    of_hostfile,
+)
 from dynamo_mpi.deploy.pyxis import Container, mount, read_user_options, resolve_image
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
@@ -48,6 +58,8 @@ TAKES_FURTHER_WORDS = True
 _FOLLOW_SECONDS = 0.5
 # our own lines in every rank's output; the load of a large model prints thousands of others
 _OURS = ("dynamo_mpi: rank ", '"target":"dynamo_mpi"')
+# no list of hosts, so a count, or a mistake in one
+_NUMBER = re.compile(r"[-+.\d]+")
 # variables that the user sets for the programs, and, without an image, for Python and the linker
 _FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "NCCL_", "OMP_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
 # mpirun hands these to the ranks itself; an image may have its own
@@ -158,16 +170,21 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
 
 def _split_nodes(given: str | None) -> tuple[str | None, str | None]:
     """Return what ``--nodes`` says: how many nodes a worker has, and which nodes there are."""
-    return (None, given) if given and not given.strip().isdecimal() else (given, None)
+    return (given, None) if not given or _NUMBER.fullmatch(given.strip()) else (None, given)
 
 
 def _nodes(settings: LaunchSettings, dry_run: bool, named: str | None) -> Nodes:
     if settings.hostfile is not None and settings.launcher == "mpirun":
+        if named is not None:
+            raise UsageError(
+                f"--nodes lists nodes ({named}), and the hostfile {settings.hostfile} does, too",
+                expected="one list of nodes; with mpirun the hostfile",
+                fix="leave the list out, and take the other hosts out of the hostfile",
+            )
         return of_hostfile(settings.hostfile, os.uname().nodename)
-    environ = os.environ if named is None else {**os.environ, "SLURM_JOB_NODELIST": named}
-    if dry_run:
-        return of_dry_run(environ, nodes_wanted(settings), "SLURM_JOB_NODELIST" if named is None else "--nodes")
-    return allocated(environ, nodes_wanted(settings), settings.gpus_per_node)
+    wanted = nodes_wanted(settings)
+    nodes = of_dry_run(os.environ, wanted) if dry_run else allocated(os.environ, wanted, settings.gpus_per_node)
+    return nodes if named is None else choose(nodes, os.environ, named)
 
 
 def _default_run_dir(job_id: str) -> Path:

@@ -29,11 +29,13 @@ class Nodes:
         names: their names, in the order in which workers get them.
         head: the node of the services; one of the names, or this machine.
         job_id: Slurm's job id; empty under mpirun.
+        chosen: whether ``--nodes`` lists them.
     """
 
     names: tuple[str, ...]
     head: str
     job_id: str = ""
+    chosen: bool = False
 
 
 def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> Nodes:
@@ -91,19 +93,42 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
     return Nodes(names, _head(environ, names), job_id)
 
 
-def of_dry_run(environ: Mapping[str, str], wanted: int, origin: str) -> Nodes:
+def choose(nodes: Nodes, environ: Mapping[str, str], written: str) -> Nodes:
+    """Return the nodes that ``--nodes`` lists.
+
+    Args:
+        nodes: those of the allocation, or of a dry run.
+        environ: the environment.
+        written: the list, as Slurm writes it.
+
+    Raises:
+        UsageError: it is no list of hosts, or has some that the job doesn't have.
+    """
+    names = expand(written, "--nodes")
+    foreign = [name for name in names if name not in nodes.names]
+    if foreign and nodes.job_id != STAND_IN_JOB:
+        raise UsageError(
+            f"--nodes is {written!r}, and job {nodes.job_id} does not have {', '.join(foreign)}",
+            expected=f"a number of nodes, or some of {', '.join(nodes.names)}",
+            fix="correct --nodes, or leave it out to take all nodes of the job",
+        )
+    return Nodes(names, _head(environ, names), nodes.job_id, chosen=True)
+
+
+def of_dry_run(environ: Mapping[str, str], wanted: int) -> Nodes:
     """Return the nodes for a dry run, without Slurm's commands: those that ``SLURM_JOB_NODELIST`` has, or made-up ones.
 
     Args:
         environ: the environment, of an allocation or of any shell.
         wanted: number of nodes that the deployment needs.
-        origin: where the list comes from, for the error.
 
     Raises:
         UsageError: ``SLURM_JOB_NODELIST`` is no list of hosts.
     """
     written, job_id = environ.get("SLURM_JOB_NODELIST", ""), environ.get("SLURM_JOB_ID", "") or STAND_IN_JOB
-    names = expand(written, origin) if written else tuple(f"node{number}" for number in range(1, wanted + 1))
+    names = (
+        expand(written, "SLURM_JOB_NODELIST") if written else tuple(f"node{number}" for number in range(1, wanted + 1))
+    )
     return Nodes(names, _head(environ, names), job_id)
 
 
@@ -180,10 +205,11 @@ def assign(settings: LaunchSettings, nodes: Nodes) -> tuple[Worker, ...]:
         )
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
         where = "the list of nodes" if nodes.job_id == STAND_IN_JOB else where
+        where, more = ("--nodes", "more nodes in --nodes") if nodes.chosen else (where, "a larger allocation")
         raise UsageError(
             f"{listed}: that takes {wanted} nodes, and {where} has {len(nodes.names)} ({', '.join(nodes.names)})",
             expected=f"at least {wanted} nodes",
-            fix="a larger allocation, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
+            fix=f"{more}, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
         )
     free = iter(nodes.names)
     for role in settings.worker_roles:

@@ -6,16 +6,18 @@ compares with this node's processes.
 from __future__ import annotations
 
 import os
+from enum import Enum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.ports import ANY_ADDRESS, listening_at
+from dynamo_mpi.common.ports import ANY_ADDRESS, in_url, listening_at
 from dynamo_mpi.stage.helper import TITLE as STAGING_TITLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-EVERYWHERE = "all addresses"
+EVERYWHERE, ON_LOOPBACK = "all addresses", "loopback"
 _JOBS = "the job's address"
 _EVERYBODY = "everybody who reaches it"
 
@@ -46,8 +48,8 @@ LISTENERS = (
         _JOBS,
         "clients (`--etcd-port`)",
         "clients with this job's certificate",
-        ", and its peers' port on loopback",
     ),
+    Listener("etcd", ON_LOOPBACK, "its peers", "peers with this job's certificate; there are none"),
     Listener(
         "NATS",
         _JOBS,
@@ -121,7 +123,8 @@ LISTENERS = (
         "PRRTE's to decide",
         " (Open MPI 5); no parameter limits where it listens",
     ),
-    Listener("mpirun", "loopback", "its ranks (PMIx)", "processes of this user"),
+    Listener("mpirun", ON_LOOPBACK, "its ranks (PMIx)", "processes of this user"),
+    Listener("mpiexec", EVERYWHERE, "Hydra's control port: its proxies", "Hydra's to decide", " (MPICH)"),
     Listener(
         "leader of pods",
         "the pod's address (`--address`)",
@@ -130,7 +133,11 @@ LISTENERS = (
     ),
 )
 
-_LAUNCHERS = ("mpirun", "prterun", "prted", "orterun", "orted", "mpiexec")
+# by the program's file: Open MPI's mpirun and mpiexec are links to these, or run them; MPICH's are Hydra itself
+_LAUNCHERS = {
+    **dict.fromkeys(("prterun", "prte", "prted", "orterun", "orted"), "mpirun"),
+    **dict.fromkeys(("mpirun", "mpiexec", "mpiexec.hydra", "hydra_pmi_proxy"), "mpiexec"),
+}
 # by a word of the command line; the first that fits
 _WORDS = {
     b"--advertise-client-urls": "etcd",
@@ -156,10 +163,11 @@ def kind_of(pid: int) -> str | None:
         process = Path(f"/proc/{pid}")
         name = (process / "comm").read_text(errors="replace").strip()
         command = (process / "cmdline").read_bytes()
+        program = os.path.basename(os.readlink(process / "exe")).removesuffix(" (deleted)")
     except OSError:
         return None
-    if name in _LAUNCHERS:
-        return "mpirun"
+    if program in _LAUNCHERS:
+        return _LAUNCHERS[program]
     if name.startswith("nats-server"):
         return "NATS"
     for title, kind in _TITLES.items():
@@ -169,32 +177,52 @@ def kind_of(pid: int) -> str | None:
     return next((kind for word, kind in _WORDS.items() if word in words), None)
 
 
-def rows_for(kind: str, *, everywhere: bool) -> tuple[Listener, ...]:
-    """Return the rows that a listener of such a process may be, at all addresses or at one; none if the table has no such listener."""
-    return tuple(
-        row for row in LISTENERS if row.process == kind and (row.anywhere or (row.place == EVERYWHERE) == everywhere)
-    )
+class Reach(Enum):
+    """From where a listener can be reached."""
+
+    EVERYWHERE = "all addresses"
+    LOOPBACK = "loopback"
+    ADDRESS = "an address"
+
+
+def reach_of(address: str) -> Reach:
+    """Return from where a listener at an address of this node can be reached."""
+    if address in ANY_ADDRESS:
+        return Reach.EVERYWHERE
+    return Reach.LOOPBACK if ip_address(address.removeprefix("::ffff:")).is_loopback else Reach.ADDRESS
+
+
+def rows_for(kind: str, reach: Reach) -> tuple[Listener, ...]:
+    """Return the rows that a listener of such a process may be; none if the table has no such listener."""
+    return tuple(row for row in LISTENERS if row.process == kind and _may_be(row, reach))
+
+
+def _may_be(row: Listener, reach: Reach) -> bool:
+    if reach is Reach.EVERYWHERE:
+        return row.anywhere or row.place == EVERYWHERE
+    # all but those of all addresses are on loopback in worlds of one host
+    return row.place != EVERYWHERE and (reach is Reach.LOOPBACK or row.place != ON_LOOPBACK)
 
 
 class Found(NamedTuple):
-    """Processes of one kind that listen, at all addresses or not.
+    """Processes of one kind that listen, with the same reach.
 
     Args:
         kind: the kind of process.
-        everywhere: whether they listen at all addresses.
+        reach: from where they can be reached.
         pids: the processes.
         places: addresses with ports.
     """
 
     kind: str
-    everywhere: bool
+    reach: Reach
     pids: tuple[int, ...]
     places: tuple[str, ...]
 
     @property
     def rows(self) -> tuple[Listener, ...]:
         """The rows of the table that they may be."""
-        return rows_for(self.kind, everywhere=self.everywhere)
+        return rows_for(self.kind, self.reach)
 
 
 def find_listeners(pids: Iterable[int] | None = None) -> list[Found]:
@@ -203,13 +231,18 @@ def find_listeners(pids: Iterable[int] | None = None) -> list[Found]:
     Args:
         pids: these processes; None for all of this user's.
     """
-    found: dict[tuple[str, bool], list[tuple[int, str]]] = {}
-    for pid in _own_processes() if pids is None else pids:
-        if (kind := kind_of(pid)) is None:
-            continue
-        for address, port in listening_at(pid):
-            place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-            found.setdefault((kind, address in ANY_ADDRESS), []).append((pid, place))
+    seen = [
+        (kind, pid, place)
+        for pid in (_own_processes() if pids is None else pids)
+        if (kind := kind_of(pid)) is not None
+        for place in listening_at(pid)
+    ]
+    # Hydra's proxies and ranks inherit its socket
+    inherited = {place for kind, _, place in seen if kind == "mpiexec"}
+    found: dict[tuple[str, Reach], list[tuple[int, str]]] = {}
+    for kind, pid, (address, port) in seen:
+        if kind == "mpiexec" or (address, port) not in inherited:
+            found.setdefault((kind, reach_of(address)), []).append((pid, f"{in_url(address)}:{port}"))
     return [
         Found(*key, tuple(dict.fromkeys(pid for pid, _ in each)), tuple(dict.fromkeys(place for _, place in each)))
         for key, each in found.items()

@@ -136,7 +136,9 @@ def seconds_to_serve(folder: Path, etcd: EtcdServer, ranks: int, connections: in
                     raise SystemExit(worker.text())
                 time.sleep(0.1)
                 pids = [*session_members(worker.process.pid), *([etcd.child.pid] if etcd.child else [])]
-                found = {place for pid in pids if kind_of(pid) != "mpirun" for place in listening_at(pid)}
+                found = {
+                    place for pid in pids if kind_of(pid) not in ("mpirun", "mpiexec") for place in listening_at(pid)
+                }
                 new = {(LOOPBACK if address in ANY_ADDRESS else address, port) for address, port in found} - places
                 places |= new
                 if connections and new:

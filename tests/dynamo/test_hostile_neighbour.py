@@ -23,7 +23,7 @@ from dynamo_mpi.deploy.certificates import make_certificates
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
-from dynamo_mpi.ops.listeners import find_listeners
+from dynamo_mpi.ops.listeners import Reach, find_listeners
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import RunningWorker, eventually, listening, pem_lines, started_with
 from tests.dynamo.test_head_node import ask, nats_says
@@ -218,12 +218,11 @@ def test_nats_takes_nobody_without_this_jobs_password(deployment: Deployment) ->
 
 def test_the_table_of_listeners_is_what_listens(deployment: Deployment) -> None:
     worker = [*session_members(deployment.worker.process.pid), *deployment.worker.ranks()]
-    found = {(each.kind, each.everywhere): each for each in find_listeners({*deployment.head.survivors(), *worker})}
-    assert found.keys() == {
-        *(("etcd", False), ("NATS", False), ("frontend", False), ("rank", False)),
-        *(("mpirun", False), ("mpirun", True)),
-    }
-    assert all(each.rows for each in found.values())
+    found = find_listeners({*deployment.head.survivors(), *worker})
+    assert {each.kind for each in found} == {"etcd", "NATS", "frontend", "rank", "mpirun"}
+    assert {each.kind for each in found if each.reach is Reach.EVERYWHERE} == {"mpirun"}
+    assert all(each.rows for each in found)
     # what the kernel says, read in another way
     ports = listening([pid for pid in worker if pid != deployment.worker.process.pid])
-    assert {f"{address}:{port}" for address, port in ports} == set(found["rank", False].places)
+    places = {place for each in found if each.kind == "rank" for place in each.places}
+    assert {f"{address}:{port}" for address, port in ports} == places

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.ops.listeners import find_listeners
+from dynamo_mpi.ops.listeners import Reach, find_listeners
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
@@ -102,7 +102,7 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         found = find_listeners(pids)
         assert {each.kind for each in found} == {"etcd", "NATS", "frontend", "rank", "mpirun"}
         assert [each for each in found if not each.rows] == []
-        assert {each.kind for each in found if each.everywhere} == {"mpirun"}
+        assert {each.kind for each in found if each.reach is Reach.EVERYWHERE} == {"mpirun"}
 
         os.kill(launch.rank("prefill-0"), signal.SIGKILL)
         launch.until_said("prefill-0: ended with exit code 137; start 2 of at most 2")

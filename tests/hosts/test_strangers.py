@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.common.credentials import SERVICES_FILE
-from dynamo_mpi.ops.listeners import Found, find_listeners
+from dynamo_mpi.ops.listeners import Found, Reach, find_listeners
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.running import eventually, pem_lines, started_with
 from tests.unit.neighbour import NOBODY
@@ -96,13 +96,13 @@ class Strangers:
     def _look(self) -> None:
         while not self._over.wait(0.1):
             found = self.listeners()
-            self.kinds |= {(each.kind, each.everywhere) for _, each in found}
+            self.kinds |= {(each.kind, each.reach is Reach.EVERYWHERE) for _, each in found}
             places = set()
             for address, each in found:
                 for place in each.places:
                     own, _, port = place.rpartition(":")
                     if not own.startswith(("127.", "[")):
-                        places.add((address if each.everywhere else own, int(port)))
+                        places.add((address if each.reach is Reach.EVERYWHERE else own, int(port)))
             if new := places - self.seen:
                 self.seen |= new
                 assert self._process.stdin is not None

@@ -66,7 +66,12 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         (("--run-dir", "/a,b", "--prefill-nodes=2", "--decode-nodes=2"), {"IMAGE": "y"}, "Pyxis reads commas"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
         (("--dry-run", "--nodes", "n[1-4"), {}, "--nodes is 'n[1-4': '[1-4' is no further host"),
-        (("--dry-run", "--nodes", "n[1-3]"), {}, "takes 4 nodes, and job 1234 has 3 (n1, n2, n3)"),
+        (("--dry-run", "--nodes", "n[1-3]"), {}, "takes 4 nodes, and --nodes has 3 (n1, n2, n3)"),
+        (("--nodes", "n[3-6]"), {}, "--nodes is 'n[3-6]', and job 1234 does not have n5, n6"),
+        (("--nodes", "2x"), {}, "--nodes is '2x', and job 1234 does not have 2x"),
+        (("--nodes=-1",), {}, "--nodes is '-1'"),
+        (("--dry-run", "--nodes", "1.5"), {}, "--nodes is '1.5'"),
+        (("--nodes", "n1", "--hostfile", "x"), {}, "--nodes lists nodes (n1), and the hostfile x does, too"),
         (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': '[1-' is no further host"),
     ],
 )

@@ -90,7 +90,6 @@ def test_what_salloc_left_for_srun_is_not_handed_on(tmp_path: Path) -> None:
 
 
 def test_nodes_of_the_allocation_are_taken_by_name(tmp_path: Path) -> None:
-    # the stand-in for scontrol knows n[1-4] alone
-    variables = {"MODEL_PATH": "/m", "SLURM_JOB_NODELIST": "n[1-9]"}
-    (step,) = launch(ROOT, tmp_path, ["--nodes", "n[1-4]"], variables)
-    assert "--nodelist=n1" in step["words"]
+    variables = {"MODEL_PATH": "/m", "NUM_PREFILL_NODES": "1", "NUM_DECODE_NODES": "1"}
+    (step,) = launch(ROOT, tmp_path, ["--nodes", "n[3-4]"], variables)
+    assert "--nodelist=n3" in step["words"]

@@ -33,6 +33,11 @@ def test_tmpfs_is_read_from_slurms_configuration(folder: str) -> None:
         ("/local/scratch", {"MOUNTS": "/local:/other:ro"}, Status.WARNING),
         ("/local/scratch", {"SRUN_ARGS": "--mem=0 --container-writable"}, Status.OK),
         ("/local/scratch", {"SRUN_ARGS": "'it"}, Status.WARNING),
+        ("/local/scratch", {"SRUN_ARGS": "--mem=0 --container-mounts=/data:/data,/local:/local:rw"}, Status.OK),
+        ("/local/scratch", {"SRUN_ARGS": "--container-mounts /local"}, Status.OK),
+        ("/local/scratch", {"SRUN_ARGS": "--container-mounts=/local:/other"}, Status.WARNING),
+        ("/local/scratch", {"PYXIS_CONTAINER_MOUNTS": "/local/scratch", "MOUNTS": "/data:/data"}, Status.OK),
+        ("/local/scratch", {"SRUN_ARGS": "--container-image=x --container-mounts=/local"}, Status.WARNING),
     ],
 )
 def test_a_folder_that_containers_lack_is_warned_of(folder: str, variables: dict[str, str], status: Status) -> None:

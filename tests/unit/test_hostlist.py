@@ -48,10 +48,10 @@ def test_what_is_no_list_is_refused_with_a_fix(written: str) -> None:
 
 
 def test_a_dry_run_takes_the_nodes_of_the_list_and_the_head_of_this_step() -> None:
-    nodes = of_dry_run({"SLURM_JOB_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n2", "SLURM_JOB_ID": "7"}, 2, "x")
+    nodes = of_dry_run({"SLURM_JOB_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n2", "SLURM_JOB_ID": "7"}, 2)
     assert (nodes.names, nodes.head, nodes.job_id) == (("n1", "n2", "n3"), "n2", "7")
 
 
 def test_a_dry_run_without_a_list_makes_up_nodes() -> None:
-    nodes = of_dry_run({}, 2, "x")
+    nodes = of_dry_run({}, 2)
     assert (nodes.names, nodes.head, nodes.job_id) == (("node1", "node2"), "node1", STAND_IN_JOB)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, ok, skipped, warning
-from dynamo_mpi.ops.listeners import Found, find_listeners
+from dynamo_mpi.ops.listeners import Found, Reach, find_listeners
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+_SUFFIXES = {Reach.EVERYWHERE: "-all-addresses", Reach.LOOPBACK: "-loopback", Reach.ADDRESS: ""}
 
 
 def check_listeners(_: Context) -> Iterator[Check]:
@@ -23,7 +25,7 @@ def judge_listeners(found: Sequence[Found]) -> Iterator[Check]:
     if not found:
         yield skipped("listeners", "no process of a deployment of this user's listens on this node")
     for each in found:
-        id = each.kind.replace(" ", "-").lower() + ("-all-addresses" if each.everywhere else "")
+        id = each.kind.replace(" ", "-").lower() + _SUFFIXES[each.reach]
         processes = f"process{'es' if len(each.pids) > 1 else ''} {listed([str(pid) for pid in each.pids])}"
         text = f"{listed(each.places)} ({processes})"
         if each.rows:

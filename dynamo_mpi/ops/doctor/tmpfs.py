@@ -8,6 +8,9 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.deploy.pyxis import UserOptions, read_user_options
+from dynamo_mpi.deploy.settings import to_words
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import Check, Context, error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import find, run
@@ -88,12 +91,23 @@ def judge_for_image(folder: str, environ: Mapping[str, str]) -> Check:
         environ: has the deployment's settings.
     """
     fixed = re.split("%[hn]", folder)[0]
-    targets = [part.split(":")[1] if ":" in part else part for part in environ.get("MOUNTS", "").split(",") if part]
+    given = _read_srun_args(environ)
+    mounts = filter(None, [*environ.get("MOUNTS", "").split(","), *given.mounts])
+    # a mount without a second part is at the same path
+    targets = [(part.split(":") * 2)[1] for part in mounts]
     if any(_is_below(fixed, place) for place in (*_PRIVATE, *targets)):
         return ok("tmpfs", f"Slurm's TmpFS is {folder}, which steps in a container can write")
-    if "--container-writable" in environ.get("SRUN_ARGS", "").split():
+    if "--container-writable" in given.words:
         return ok("tmpfs", f"Slurm's TmpFS is {folder}, and --container-writable lets steps make it")
     return warning("tmpfs", f"Slurm's TmpFS is {folder}, which no mount gives to containers", _NEEDED, _fix(fixed))
+
+
+def _read_srun_args(environ: Mapping[str, str]) -> UserOptions:
+    """Read what `dynamo-mpi launch` merges with the image and its mounts; nothing where it refuses the words, and says why."""
+    try:
+        return read_user_options(to_words(environ.get("SRUN_ARGS", "")), environ.get("IMAGE", ""), environ)
+    except (UsageError, ValueError):
+        return UserOptions((), (), ())
 
 
 def _is_below(folder: str, place: str) -> bool:
