@@ -106,6 +106,8 @@ def mpi_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        # more ranks than cores: without it each collective waits for the scheduler
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         # what the tests' own interpreter was given, NIXL say, comes after
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }

@@ -21,8 +21,8 @@ from tests.dynamo.test_worker_life import Stream
 from tests.monitoring import FOLDER, program, queries, rules, selectors
 
 pytestmark = pytest.mark.dynamo
-# there once a world has ended
-LATER = {"dynamo_mpi_exit_code"}
+# there once a world has ended, or with --stage
+LATER = {"dynamo_mpi_exit_code", "dynamo_mpi_stage_bytes"}
 SCRAPED = {"job", "instance"}
 
 

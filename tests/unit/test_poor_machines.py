@@ -93,7 +93,7 @@ def test_no_more_processes(limit: int, tmp_path: Path) -> None:
     user = ("setpriv", "--reuid=23456", "--regid=23456", "--clear-groups", *capabilities)
     if os.geteuid() or subprocess.run([*user, "true"], capture_output=True).returncode:
         pytest.skip("no other user here: needs root and setpriv")
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o1777)
     limited = (*user, "prlimit", f"--nproc={limit}", "env", f"HOME={tmp_path}", f"TMPDIR={tmp_path}")
     command = (*limited, *PYTHON, "dynamo_mpi", "local", "--model", str(tmp_path))
     done = run_command(command, env=os.environ, timeout=60)
