@@ -93,8 +93,11 @@ def run_follower(
     try:
         staging = _begin_staging(world, spec) if spec.stage else None
         stopped = _check_hardware(world, spec, phases) if spec.probe else None
-        if stopped is None and staging is not None:
-            spec, stopped = _finish_staging(world, spec, staging, phases)
+        if staging is not None:
+            if stopped is None:
+                spec, stopped = _finish_staging(world, spec, staging, phases)
+            else:
+                staging.cancel()
         code = _follow(context, spec, heartbeat) if stopped is None else stopped
     except Exception as error:  # any error: the other ranks may be inside the engine's collectives
         heartbeat.report_failure(error)

@@ -62,6 +62,7 @@ class LeaderRank:
         self._record_publisher: RecordPublisher | None = None
         self._supervisor: WorldSupervisor | None = None
         self._signals: ShutdownSignals | None = None
+        self._staging: LeaderStaging | None = None
 
     def run(self) -> int:
         """Run all phases.
@@ -134,12 +135,11 @@ class LeaderRank:
                 self._log.warning(line)
             hardware_checks = plan_hardware_checks(settings, result.subject.layout, ranks_by_host(reports))
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
-            staging = LeaderStaging(self._context, settings, self._hooks)
+            self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
             spec = spec._replace(stage=staging.plan(reports, rank0_address.network if rank0_address else ""))
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
             staging.begin()
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
-            staging.cancel()
             supervisor.close()
             return refused
         try:
@@ -289,6 +289,8 @@ class LeaderRank:
         if self._signals is not None:
             self._signals.close()
         self._hooks.on_shutdown(code)
+        if self._staging is not None:
+            self._staging.cancel()
         message = STOP + bytes([code])
         if self._supervisor is None:
             self._world.broadcast(message)

@@ -69,7 +69,7 @@ class LeaderStaging:
             self._staging.begin()
 
     def cancel(self) -> None:
-        """End it: the worker stops."""
+        """End it, as the worker stops; what is copied only in part is removed. No effect once it has ended."""
         if self._staging is not None:
             self._staging.cancel()
 

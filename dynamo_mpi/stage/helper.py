@@ -35,6 +35,8 @@ _POLL_SECONDS = 0.1
 _STATUS_SECONDS = 0.5
 _DAMAGED_SECONDS = 5.0
 _END_SECONDS = 10.0
+_DISCARD_SECONDS = 60.0
+_CANCELLED = "the worker has stopped"
 
 
 class HelperPlan(NamedTuple):
@@ -96,6 +98,8 @@ class Helper:
         self._coordinator: Coordinator | None = None
         self._transfer: Transfer | None = None
         self._can_receive = threading.Event()
+        self._is_cancelled = threading.Event()
+        self._alone: Helper | None = None
 
     def run(self) -> dict[str, Any]:
         """Return how it has ended, for the rank."""
@@ -108,6 +112,7 @@ class Helper:
                 self._coordinator = Coordinator(self._manifest, self._hosts)
                 leading = threading.Thread(target=self._lead, args=(self._coordinator,), name="lead", daemon=True)
                 leading.start()
+            self._require_wanted()
             if plan.node >= 0:
                 figures = self._copy(store)
             else:
@@ -135,6 +140,20 @@ class Helper:
             "memory_bytes": usage.ru_maxrss << 10,
             **figures,
         }
+
+    def cancel(self) -> None:
+        """Let `run` fail soon, which removes what has been copied; called by another thread."""
+        self._is_cancelled.set()
+        if self._alone is not None:
+            self._alone.cancel()
+        if self._transfer is not None:
+            self._transfer.close()
+        if self._coordinator is not None:
+            self._coordinator.fail(FAILED, _CANCELLED)
+
+    def _require_wanted(self) -> None:
+        if self._is_cancelled.is_set():
+            raise StageError(_CANCELLED)
 
     def _lead(self, coordinator: Coordinator) -> None:
         limit = threading.Timer(max(0.0, self._end - time.monotonic()), self._late, (coordinator,))
@@ -198,11 +217,10 @@ class Helper:
         transfer = self._transfer = Transfer(place, self._manifest, copy, channel)
         self._can_receive.set()
         try:
+            self._require_wanted()
             if place.successor != plan.node:
-                for number in range(_STREAMS):
-                    successor = plan.ring[place.successor]
-                    stream = connect_to(successor, plan.token, plan.node, number, _CONNECT_SECONDS)
-                    transfer.add_outgoing(stream, first=number == 0)
+                # in a thread: if staging ends meanwhile, this node doesn't wait for a successor that has ended
+                transfer.run(self._connect_to_successor, transfer, plan.ring[place.successor])
             transfer.start()
             end = transfer.wait(self._end + _END_SECONDS - time.monotonic())
         except StageError as error:
@@ -213,6 +231,11 @@ class Helper:
         if end[0] != "publish":
             raise (SourceChangedError if end[0] == CHANGED else StageError)(end[1])
         return transfer
+
+    def _connect_to_successor(self, transfer: Transfer, successor: Peer) -> None:
+        for number in range(_STREAMS):
+            stream = connect_to(successor, self._plan.token, self._plan.node, number, _CONNECT_SECONDS)
+            transfer.add_outgoing(stream, first=number == 0)
 
     def _connect(self) -> LineChannel:
         """Accept the other nodes, and connect to the coordinator."""
@@ -232,6 +255,7 @@ class Helper:
         """Wait for the copy that another worker makes; make one for this node alone if that worker ends without one."""
         plan, damaged_since = self._plan, 0.0
         while (state := store.take(plan.lock, self._manifest, digests=plan.digests)) is State.BUSY:
+            self._require_wanted()
             now = time.monotonic()
             if now > self._end:
                 raise StageError(f"another worker on this node has not copied the model within {plan.seconds:g} s")
@@ -245,7 +269,8 @@ class Helper:
         if state is State.COMPLETE:
             return {}
         alone = plan._replace(node=0, ring=(Peer(host_name(), "", 0),), coordinates=True, listener=-1)
-        own = Helper(alone._replace(seconds=max(0.0, self._end - time.monotonic())), self._write)
+        own = self._alone = Helper(alone._replace(seconds=max(0.0, self._end - time.monotonic())), self._write)
+        self._require_wanted()
         result = own.run()
         if result["result"] != DONE:
             raise (SourceChangedError if result["result"] == CHANGED else StageError)(result["text"])
@@ -266,13 +291,16 @@ def main() -> None:
         with lock, contextlib.suppress(OSError):
             os.write(1, json.dumps(message).encode() + b"\n")
 
-    threading.Thread(target=_end_with_rank, daemon=True).start()
-    write(Helper(plan, write).run())
+    helper = Helper(plan, write)
+    threading.Thread(target=_end_with_rank, args=(helper,), daemon=True).start()
+    write(helper.run())
     os._exit(0)
 
 
-def _end_with_rank() -> None:
+def _end_with_rank(helper: Helper) -> None:
     sys.stdin.read()
+    helper.cancel()
+    time.sleep(_DISCARD_SECONDS)
     os._exit(1)
 
 

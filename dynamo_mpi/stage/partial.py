@@ -90,10 +90,10 @@ class PartialCopy:
         try:
             for folder in self._folders:
                 os.makedirs(folder, 0o700, exist_ok=True)
-            self.files = OpenFiles(self.path, manifest, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-            for number, file in enumerate(manifest.files):
-                if not file.size:
-                    self.files.descriptor(number)
+            # not as they are written: a thread that is late would create one again while `discard` removes them
+            for file in manifest.files:
+                os.close(os.open(os.path.join(self.path, file.path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            self.files = OpenFiles(self.path, manifest, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             raise self._unwritable(error) from None
 

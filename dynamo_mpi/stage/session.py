@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, RetryableError
 from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.own_files import reason
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 SETTING = "--stage (DYN_MPI_STAGE)"
 _BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
 _GRACE_SECONDS = 30.0
+_CANCEL_SECONDS = 10.0
 
 
 class StagePlan(NamedTuple):
@@ -123,6 +125,8 @@ class Staging:
         self._manifest = Manifest.from_json(plan.manifest)
         self._began = time.monotonic()
         self._lock = -1
+        self._store: Store | None = None
+        self._mark = ""
         self._listener: socket.socket | None = None
         self._process: ManagedProcess | None = None
         self._reader: threading.Thread | None = None
@@ -134,9 +138,13 @@ class Staging:
         """Agree on which nodes copy, and start. Collective; takes as long as looking at the copies on the slowest node."""
         is_first = self._world.rank in self._plan.firsts
         mine = self._prepare() if is_first else {}
-        answers = self._world.gather(json.dumps(mine).encode())
-        message = self._world.broadcast(json.dumps(self._arrange(answers)).encode() if self._world.rank == 0 else b"")
-        arranged = json.loads(message)
+        arranged = self._agree(mine, self._arrange)
+        if len(self._plan.firsts) > 1 and "problem" not in arranged:
+            # before anything is written or removed: all nodes have their marks now, and keep them until all have looked
+            arranged |= self._agree(self._look_for(arranged["marks"]) if is_first else {}, self._first_problem)
+        if self._store is not None:
+            self._store.unmark(self._mark)
+            self._store.close()
         self._problem = arranged.get("problem", "")
         if not is_first or self._problem:
             self._release()
@@ -151,6 +159,17 @@ class Staging:
             self._start(node, tuple(ring.values()), arranged)
         if self._listener is not None:
             self._listener.close()
+
+    def _agree(
+        self, mine: Mapping[str, Any], decide: Callable[[Mapping[int, dict[str, Any]]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return what rank 0 decides by the answers of the nodes' first ranks. Collective."""
+        answers = self._world.gather(json.dumps(mine).encode())
+        decided = b""
+        if self._world.rank == 0:
+            decided = json.dumps(decide({rank: json.loads(answers[rank]) for rank in self._plan.firsts})).encode()
+        agreed: dict[str, Any] = json.loads(self._world.broadcast(decided))
+        return agreed
 
     def finish(self) -> Outcome:
         """Wait until the nodes have their copies, and decide on rank 0. Collective; then rank 0 sends its decision, see `accept`.
@@ -185,16 +204,21 @@ class Staging:
             self._release()
 
     def cancel(self) -> None:
-        """End the helper, without waiting for the other ranks."""
-        if self._process is not None:
-            self._process.kill()
+        """End the helper, which removes what it has copied, without waiting for the other ranks. No effect once it has ended."""
+        if self._process is None or self._process.exit_code() is not None:
+            return
+        if self._process.popen.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.popen.stdin.close()
+        self._process.wait(_CANCEL_SECONDS)
+        self._process.kill()
 
     # the first rank of a node
 
     def _prepare(self) -> dict[str, Any]:
         """Look at this node's copy, and listen if it must be made."""
         try:
-            store = Store(self._plan.folder)
+            store = self._store = Store(self._plan.folder)
             self._lock = store.open_lock(self._manifest.folder_name)
             self._path = store.copy_path(self._manifest.folder_name)
             end = time.monotonic() + _BUSY_SECONDS
@@ -206,17 +230,39 @@ class Staging:
             if len(self._plan.firsts) > 1 and (state is State.MISSING or self._world.rank == 0):
                 address = host_address(self._plan.network or None, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
                 family = socket.AF_INET6 if ":" in address else socket.AF_INET
-                self._listener = socket.create_server((address, 0), family=family, backlog=128)
+                try:
+                    self._listener = socket.create_server((address, 0), family=family, backlog=128)
+                except OSError as error:
+                    raise StageError(f"no other node can reach this one: {error.strerror or error}") from None
                 answer |= {"address": address, "port": self._listener.getsockname()[1]}
+            if len(self._plan.firsts) > 1:
+                self._mark = store.mark()
+                answer["mark"] = self._mark
         except (StageError, DynamoMpiError) as error:
             return {"problem": f"{host_name()}: {error}"}
         except OSError as error:
-            return {"problem": f"{host_name()}: no other node can reach this one: {error.strerror or error}"}
+            return {"problem": f"{host_name()}: {self._plan.folder} can't be used: {reason(error)}"}
         return answer
 
-    def _arrange(self, answers: Sequence[bytes]) -> dict[str, Any]:
+    def _look_for(self, marks: Mapping[str, str]) -> dict[str, Any]:
+        """Return a problem if another node's mark is in this node's folder.
+
+        Args:
+            marks: the hosts, by their marks.
+        """
+        for mark, host in marks.items():
+            if mark != self._mark and self._store is not None and self._store.has_mark(mark):
+                return {
+                    "problem": f"{self._plan.folder} is the same folder on {host_name()} and {host}, not on a disk of each node"
+                }
+        return {}
+
+    @staticmethod
+    def _first_problem(answers: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        return next((answer for answer in answers.values() if answer), {})
+
+    def _arrange(self, nodes: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         """Return which nodes copy, on rank 0."""
-        nodes = {rank: json.loads(answers[rank]) for rank in self._plan.firsts}
         for answer in nodes.values():
             if "problem" in answer:
                 return {"problem": answer["problem"]}
@@ -230,7 +276,8 @@ class Staging:
             return [answer["host"], answer.get("address", LOOPBACK), answer.get("port", 0)]
 
         ring = [[rank, peer(answer)] for rank, answer in nodes.items() if answer["state"] == State.MISSING.value]
-        return {"ring": ring, "coordinator": peer(first), "token": secrets.token_hex(TOKEN_BYTES)}
+        marks = {answer["mark"]: answer["host"] for answer in nodes.values() if "mark" in answer}
+        return {"ring": ring, "coordinator": peer(first), "token": secrets.token_hex(TOKEN_BYTES), "marks": marks}
 
     def _start(self, node: int, ring: tuple[Peer, ...], arranged: Mapping[str, Any]) -> None:
         plan = self._plan

@@ -5,9 +5,11 @@
     .partial-NAME-DIGEST/     one that is being made, or was when its maker was killed
     .lock-NAME-DIGEST         its lock: exclusive while it is made or removed, shared while a worker uses it
     .lock                     held for moments, when locks change hands
+    .node-RANDOM              of a node that looks, for moments, whether others see it
 
 The locks are the reference count: the kernel releases them when a worker ends, however it ends. All of it is trusted only because no other
-user can write there (`own_files`), and because the file system is this node's own: on a shared one, ``flock`` may mean nothing.
+user can write there (`own_files`), and because the file system is this node's own: on a shared one, ``flock`` may mean nothing. Known types
+of shared ones are refused; of the others, the nodes find out by their marks.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 MARKER = ".dynamo-mpi-manifest.json"
 PARTIAL, LOCK = ".partial-", ".lock"
+_MARK = ".node-"
+_MARK_SECONDS = 3600.0
 _MAX_MARKER_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
@@ -123,6 +128,32 @@ class Store:
             return self._root.open(f"{LOCK}-{name}", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StageError(f"{self.path} can't be used: {reason(error)}") from None
+
+    def mark(self) -> str:
+        """Create an empty file with a name of its own, which another node sees only if the file system is shared; return its name.
+
+        Raises:
+            OSError: it can't be created.
+        """
+        for name in self._root.names():
+            # of a rank that was killed
+            if (
+                name.startswith(_MARK)
+                and time.time() - os.lstat(os.path.join(self.path, name)).st_mtime > _MARK_SECONDS
+            ):
+                self._root.remove(name)
+        name = f"{_MARK}{secrets.token_hex(16)}"
+        os.close(self._root.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        return name
+
+    def has_mark(self, name: str) -> bool:
+        """Return whether a node's mark is here."""
+        return os.path.lexists(os.path.join(self.path, name))
+
+    def unmark(self, name: str) -> None:
+        """Remove this node's mark."""
+        with contextlib.suppress(OSError):
+            self._root.remove(name)
 
     def take(self, lock: int, manifest: Manifest, *, digests: bool = False) -> State:
         """Lock a copy, without waiting: shared if it is complete, exclusively if it is to be made.

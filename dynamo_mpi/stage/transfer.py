@@ -89,28 +89,28 @@ class Transfer:
 
     def start(self) -> None:
         """Start the readers; streams may come before and after."""
-        self._thread(self._follow)
+        self.run(self._follow)
         for _ in range(_SYNCERS):
-            self._thread(self._sync)
+            self.run(self._sync)
         for _ in range(self._place.readers):
-            self._thread(self._read_all)
-        self._thread(self._report)
+            self.run(self._read_all)
+        self.run(self._report)
         if not self._manifest.files:
             self._channel.send("complete")
 
     def add_outgoing(self, stream: socket.socket, *, first: bool) -> None:
         """Send to the successor on a stream; the first also brings back what it needs no more."""
         self._streams.append(stream)
-        self._thread(self._send_all, stream)
+        self.run(self._send_all, stream)
         if first:
-            self._thread(self._listen_back, stream)
+            self.run(self._listen_back, stream)
 
     def add_incoming(self, stream: socket.socket, *, first: bool) -> None:
         """Receive from the predecessor on a stream."""
         self._streams.append(stream)
         if first:
             self._back = stream
-        self._thread(self._receive_all, stream)
+        self.run(self._receive_all, stream)
 
     def wait(self, seconds: float) -> tuple[str, ...]:
         """Return how it has ended: ``("publish",)``, or the kind and the reason of the failure.
@@ -142,7 +142,8 @@ class Transfer:
 
     # threads
 
-    def _thread(self, act: Callable[..., object], *arguments: object) -> None:
+    def run(self, act: Callable[..., object], *arguments: object) -> None:
+        """Run something in a thread; an error in it ends staging, for all nodes."""
         threading.Thread(target=self._run, args=(act, *arguments), name="stage", daemon=True).start()
 
     def _run(self, act: Callable[..., object], *arguments: object) -> None:

@@ -20,6 +20,7 @@ from dynamo_mpi.common.process import host_name
 from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 from dynamo_mpi.stage.manifest import StageError, scan
 from dynamo_mpi.stage.session import StagePlan, Staging, plan_staging
+from dynamo_mpi.stage.store import PARTIAL
 
 BLOCK_BYTES = 8 << 20
 
@@ -41,6 +42,11 @@ def main() -> None:
     parser.add_argument("--digests", action="store_true")
     parser.add_argument("--broadcast", action="store_true")
     parser.add_argument("--import-seconds", type=float, default=0.0, help="wait as long as an import of the engine")
+    parser.add_argument(
+        "--cancel",
+        action="store_true",
+        help="cancel it once each node has a part, as a worker does whose hardware is refused",
+    )
     parser.add_argument("--hold", action="store_true", help="use the copy until stdin closes")
     arguments = parser.parse_args()
     load_mpi_library()
@@ -78,6 +84,11 @@ def stage(world: World, arguments: argparse.Namespace, hosts: list[str]) -> dict
     staging = Staging(world, StagePlan.unpack(packed.decode()), lambda status: None)
     staging.begin()
     time.sleep(arguments.import_seconds)
+    if arguments.cancel:
+        parts = world.gather(json.dumps(await_part(arguments.folder)).encode())
+        world.barrier(60.0)
+        staging.cancel()
+        return {"parts": [json.loads(part) for part in parts]} if world.rank == 0 else {}
     try:
         outcome = staging.finish()
     except DynamoMpiError as error:
@@ -85,6 +96,14 @@ def stage(world: World, arguments: argparse.Namespace, hosts: list[str]) -> dict
         return {"error": error.problem}
     staging.accept(world.broadcast(outcome.path.encode()).decode())
     return {"path": outcome.path, "problem": outcome.problem, **outcome.figures}
+
+
+def await_part(folder: str, seconds: float = 20.0) -> bool:
+    """Wait until this node has a part of the model; return whether it has."""
+    end = time.monotonic() + seconds
+    while not (found := any(Path(folder).glob(f"*/{PARTIAL}*/*.safetensors"))) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
 
 
 def broadcast(world: World, model: str, folder: str) -> None:

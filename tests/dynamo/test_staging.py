@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.stage.manifest import scan
-from dynamo_mpi.stage.store import PARTIAL, Store
+from dynamo_mpi.stage.store import LOCK, PARTIAL, Store
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker
 from tests.namespaces.processes import all_pids, command_line
@@ -118,6 +119,17 @@ def test_where_it_can_t_be_staged_the_worker_loads_the_original_and_says_why(
     assert f"{tmp_path / 'local'} can't be used: Not a directory" in other.text()
     terminate(worker)
     terminate(other)
+
+
+def test_refused_hardware_leaves_no_part_of_a_copy(tmp_path: Path, model: Path, start: Start) -> None:
+    # sparse, and long to copy with one reader
+    with (model / "extra.dat").open("wb") as file:
+        file.truncate(4 << 30)
+    words = ("--probe", "fabric", "--probe-strict", "--stage-readers", "1")
+    worker = start(*words, DYN_MPI_FAULT="rank1:hardware_check:corrupt", DYN_MPI_ALLOW_FAULTS="1")
+    assert worker.wait() == ExitCode.TEMPORARY, worker.text()
+    local = tmp_path / "local" / f"dynamo-mpi-{os.geteuid()}"
+    assert [each for each in os.listdir(local) if not each.startswith(LOCK)] == []
 
 
 def test_a_killed_rank_leaves_nothing_half_visible_and_the_next_start_goes_on(

@@ -21,7 +21,7 @@ import pytest
 
 from dynamo_mpi.stage.helper import TITLE
 from dynamo_mpi.stage.manifest import Manifest
-from dynamo_mpi.stage.store import MARKER
+from dynamo_mpi.stage.store import LOCK, MARKER
 from tests.bench.stage_hosts import MOUNT, NETWORK, NODE_FOLDER, StageHosts
 from tests.namespaces.commands import InsideProcess
 from tests.namespaces.processes import command_line
@@ -155,6 +155,23 @@ def test_two_workers_that_share_a_host_make_one_copy_there(fresh: StageHosts) ->
     for host in fresh.hosts.names:
         (copy,) = visible(fresh, host)
         check_copy(fresh, copy)
+
+
+def test_a_cancelled_staging_leaves_nothing(fresh: StageHosts) -> None:
+    # as when the hardware is refused: a part of the model would stay in the nodes' memory
+    own = [fresh.hosts.files(host, Path(OWN)) for host in fresh.hosts.names]
+    assert result_of(start(fresh, "--cancel"))["parts"] == [True] * HOSTS
+    for host, each in zip(fresh.hosts.names, own, strict=True):
+        assert helpers(fresh, host) == []
+        assert [path.name for path in each.iterdir() if not path.name.startswith(LOCK)] == []
+
+
+def test_a_folder_that_all_hosts_see_is_no_place_for_copies(fresh: StageHosts) -> None:
+    shared = fresh.model.parent / "same"  # on a disk of this machine, by its type
+    with fresh.start_ranks([MOUNT, str(shared), "--network", NETWORK]) as process:
+        result = result_of(process)
+    assert f"{shared} is the same folder on h" in result["problem"]
+    assert [path.name for path in (shared / Path(OWN).name).iterdir() if not path.name.startswith(LOCK)] == []
 
 
 def cases(count: int) -> list[tuple[str, int]]:

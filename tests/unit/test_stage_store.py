@@ -402,6 +402,52 @@ def test_a_node_that_makes_room_for_long_still_takes_its_neighbour_s_streams(
         assert Store(str(tmp_path / f"n{node}")).is_complete(scan(str(model)), digests=True)
 
 
+def test_a_cancelled_helper_removes_what_it_has_copied(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second node never has room: the first one has its part, and waits."""
+    make_room, may_go_on = Store.make_room, threading.Event()
+
+    def wait(self: Store, size: int, name: str) -> list[str]:
+        assert not self.path.startswith(str(tmp_path / "n1")) or may_go_on.wait(30)
+        return make_room(self, size, name)
+
+    monkeypatch.setattr(Store, "make_room", wait)
+    first, second = helpers_of(tmp_path, model, 2)
+    results = run_helpers([first, second])
+    own = Path(Store(str(tmp_path / "n0")).path)
+    end = time.monotonic() + 30
+    while not any(own.glob(f"{PARTIAL}*/sub/*.safetensors")) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert any(own.glob(f"{PARTIAL}*/sub/*.safetensors"))
+    first.cancel()
+    may_go_on.set()
+    for result in results:
+        assert result()["result"] == "failed"
+    for node in range(2):
+        left = os.listdir(Store(str(tmp_path / f"n{node}")).path)
+        assert [name for name in left if not name.startswith(LOCK)] == []
+
+
+def test_marks_are_seen_and_those_of_killed_ranks_removed(store: Store) -> None:
+    old = store.mark()
+    os.utime(os.path.join(store.path, old), (1, 1))
+    mine = store.mark()
+    assert store.has_mark(mine)
+    assert not store.has_mark(old)
+    assert store.entries() == []
+    store.unmark(mine)
+    assert not store.has_mark(mine)
+
+
+def test_no_descriptor_of_the_folder_stays_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    store = Store(str(tmp_path / "local"))
+    store.close()
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # -- who reads what -------------------------------------------------------------------------------------------------------
 
 
