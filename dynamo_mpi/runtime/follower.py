@@ -127,7 +127,8 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
 
 
 def _begin_staging(world: World, spec: EngineSpec) -> Staging:
-    from dynamo_mpi.stage.session import StagePlan, Staging
+    from dynamo_mpi.stage.plan import StagePlan
+    from dynamo_mpi.stage.session import Staging
 
     staging = Staging(world, StagePlan.unpack(spec.stage))
     staging.begin()

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.stage.coordinator import Status
-    from dynamo_mpi.stage.session import StagePlan, Staging
+    from dynamo_mpi.stage.plan import StagePlan
+    from dynamo_mpi.stage.session import Staging
     from dynamo_mpi.supervisor.context import RankContext
 
 
@@ -48,7 +49,7 @@ class LeaderStaging:
         if settings.stage is None:
             return ""
         from dynamo_mpi.stage.manifest import StageError
-        from dynamo_mpi.stage.session import plan_staging
+        from dynamo_mpi.stage.plan import plan_staging
 
         limits = (settings.stage_readers, settings.stage_timeout, settings.stage_verify == "digest")
         try:

@@ -2,6 +2,8 @@
 """Copies the checkpoint to every node once, reading the shared file system once for all of them.
 
 manifest    the files of a model, and the extents in which they are copied
+plan        what to stage, the same on all ranks
+file_system what the system knows of a file system and its files
 store       the copies on this node: locks, room, what is used, what is removed
 partial     a copy that isn't complete: written, verified, then published as a whole
 pool        which node reads which extent

@@ -7,8 +7,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.stage.file_system import digest_of
 from dynamo_mpi.stage.manifest import SourceChangedError, StageError
-from dynamo_mpi.stage.store import digest_of
 
 if TYPE_CHECKING:
     from dynamo_mpi.stage.manifest import Extent, Manifest

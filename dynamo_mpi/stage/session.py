@@ -26,7 +26,7 @@ from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Status
 from dynamo_mpi.stage.helper import DONE, HelperPlan
-from dynamo_mpi.stage.manifest import Manifest, StageError, scan
+from dynamo_mpi.stage.manifest import Manifest, StageError
 from dynamo_mpi.stage.store import State, Store
 from dynamo_mpi.stage.wire import Peer
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
@@ -34,67 +34,13 @@ from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.mpi.placement import HasHost
     from dynamo_mpi.mpi.world import World
+    from dynamo_mpi.stage.plan import StagePlan
 
 SETTING = "--stage (DYN_MPI_STAGE)"
 _BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
 _GRACE_SECONDS = 30.0
 _CANCEL_SECONDS = 10.0
-
-
-class StagePlan(NamedTuple):
-    """What to stage, the same on all ranks.
-
-    Args:
-        folder: where each node keeps copies.
-        manifest: the model, from `Manifest.to_json`.
-        firsts: the first rank of each node.
-        network: the network in which the nodes reach each other; empty for each host's own address.
-        readers: how many extents a node reads at once.
-        seconds: the time limit.
-        digests: whether to read earlier copies to check them.
-    """
-
-    folder: str
-    manifest: str
-    firsts: tuple[int, ...]
-    network: str
-    readers: int
-    seconds: float
-    digests: bool
-
-    def pack(self) -> str:
-        """Encode it."""
-        return json.dumps(self._asdict())
-
-    @classmethod
-    def unpack(cls, text: str) -> StagePlan:
-        """Decode the result of `pack`."""
-        members = json.loads(text)
-        return cls(**members | {"firsts": tuple(members["firsts"])})
-
-
-def plan_staging(
-    model: str, folder: str, ranks: Sequence[HasHost], network: str, limits: tuple[int, float, bool]
-) -> StagePlan:
-    """Return the plan for a model.
-
-    Args:
-        model: its folder.
-        folder: where each node keeps copies.
-        ranks: each rank's host.
-        network: the network in which the nodes reach each other; empty for each host's own address.
-        limits: readers of a node, the time limit in seconds, and whether to read earlier copies to check them.
-
-    Raises:
-        StageError: the model's folder can't be copied.
-    """
-    firsts: dict[str, int] = {}
-    for rank, place in enumerate(ranks):
-        firsts.setdefault(place.host, rank)
-    readers, seconds, digests = limits
-    return StagePlan(folder, scan(model).to_json(), tuple(firsts.values()), network, readers, seconds, digests)
 
 
 class Outcome(NamedTuple):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import secrets
 import shutil
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.cgroup import read_limits
 from dynamo_mpi.common.own_files import OwnFolder, reason
 from dynamo_mpi.layout.format import gib
+from dynamo_mpi.stage.file_system import available_memory, digest_of, file_system_type, size_on_disk
 from dynamo_mpi.stage.manifest import Manifest, StageError
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ _MARK = ".node-"
 _MARK_SECONDS = 3600.0
 _MAX_MARKER_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
-_CHUNK_BYTES = 4 << 20
 _HASHERS = 8
 _MUTEX_SECONDS, _POLL_SECONDS = 10.0, 0.01
 _SHARED_TYPES = frozenset(
@@ -250,7 +249,7 @@ class Store:
             return free
         limits = read_limits()
         left = free if limits.memory is None else max(0, limits.memory - limits.memory_used)
-        return min(free, _available_memory(), left)
+        return min(free, available_memory(), left)
 
     def remove(self, name: str) -> bool:
         """Remove a copy, unless it is in use; return whether it was removed."""
@@ -285,7 +284,7 @@ class Store:
         try:
             marker = self._read_marker(name)
         except (OSError, ValueError):
-            size = _size_on_disk(os.path.join(self.path, f"{PARTIAL}{name}")) + _size_on_disk(self.copy_path(name))
+            size = size_on_disk(os.path.join(self.path, f"{PARTIAL}{name}")) + size_on_disk(self.copy_path(name))
             return Entry(name, size, used, in_use, complete=False)
         return Entry(name, marker.size, used, in_use, complete=True, source=marker.source)
 
@@ -325,37 +324,6 @@ class Store:
             os.close(lock)
 
 
-def file_system_type(path: str) -> str:
-    """Return the type of a path's file system, as in /proc/mounts; empty if it isn't known."""
-    device = os.stat(path).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    found = ""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-        for line in mounts:
-            before, _, after = line.partition(" - ")
-            if before.split()[2] == number:
-                found = after.split()[0]
-    return found
-
-
-def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, ValueError, KeyError):
-        return 1 << 62
-
-
-def _size_on_disk(folder: str) -> int:
-    total = 0
-    for here, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(here, name)).st_blocks * 512
-    return total
-
-
 def _has_digests(path: str, marker: Manifest) -> bool:
     """Read all files, and return whether their extents have the digests that were computed when they were copied."""
     extents = marker.extents()
@@ -372,13 +340,3 @@ def _has_digests(path: str, marker: Manifest) -> bool:
 
     with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
         return all(pool.map(is_right, range(len(extents))))
-
-
-def digest_of(descriptor: int, offset: int, length: int) -> str:
-    """Return the digest of a part of a file; of what there is, if it is shorter."""
-    digest = hashlib.sha256()
-    end = offset + length
-    while offset < end and (data := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
-        digest.update(data)
-        offset += len(data)
-    return digest.hexdigest()

@@ -19,7 +19,8 @@ from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 from dynamo_mpi.stage.manifest import StageError, scan
-from dynamo_mpi.stage.session import StagePlan, Staging, plan_staging
+from dynamo_mpi.stage.plan import StagePlan, plan_staging
+from dynamo_mpi.stage.session import Staging
 from dynamo_mpi.stage.store import PARTIAL
 
 BLOCK_BYTES = 8 << 20

@@ -21,12 +21,13 @@ import pytest
 
 from dynamo_mpi.common.cgroup import CgroupLimits
 from dynamo_mpi.stage import manifest as manifests
+from dynamo_mpi.stage.file_system import digest_of
 from dynamo_mpi.stage.helper import Helper, HelperPlan
 from dynamo_mpi.stage.holdings import Holdings
 from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, StageError, scan
 from dynamo_mpi.stage.partial import PartialCopy
 from dynamo_mpi.stage.pool import SLOW_SECONDS, WAY_SECONDS, Pool
-from dynamo_mpi.stage.store import LOCK, MARKER, PARTIAL, State, Store, digest_of
+from dynamo_mpi.stage.store import LOCK, MARKER, PARTIAL, State, Store
 from dynamo_mpi.stage.wire import Peer
 
 MIB = 1 << 20
@@ -318,6 +319,14 @@ def test_a_process_that_stopped_with_the_lock_is_waited_for_only_so_long(
         store.take(lock, scan(str(model)))
     os.close(held)
     assert store.take(lock, scan(str(model))) is State.MISSING
+    os.close(lock)
+
+
+def test_a_lock_that_can_t_be_opened_is_named(model: Path, store: Store) -> None:
+    os.mkdir(os.path.join(store.path, LOCK))
+    lock = store.open_lock("x")
+    with pytest.raises(StageError, match=r"/local/dynamo-mpi-\d+ can't be used: "):
+        store.take(lock, scan(str(model)))
     os.close(lock)
 
 

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the system knows of a file system, its files and the node's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+
+_CHUNK_BYTES = 4 << 20
+
+
+def file_system_type(path: str) -> str:
+    """Return the type of a path's file system, as in /proc/mounts; empty if it isn't known."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    found = ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == number:
+                found = after.split()[0]
+    return found
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory the node can give; a number that no node has if it isn't known."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, ValueError, KeyError):
+        return 1 << 62
+
+
+def size_on_disk(folder: str) -> int:
+    """Return how many bytes the files below a folder take."""
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(here, name)).st_blocks * 512
+    return total
+
+
+def digest_of(descriptor: int, offset: int, length: int) -> str:
+    """Return the digest of a part of a file; of what there is, if it is shorter."""
+    digest = hashlib.sha256()
+    end = offset + length
+    while offset < end and (data := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to stage, as rank 0 plans it for all ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.stage.manifest import scan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.mpi.placement import HasHost
+
+
+class StagePlan(NamedTuple):
+    """What to stage, the same on all ranks.
+
+    Args:
+        folder: where each node keeps copies.
+        manifest: the model, from `Manifest.to_json`.
+        firsts: the first rank of each node.
+        network: the network in which the nodes reach each other; empty for each host's own address.
+        readers: how many extents a node reads at once.
+        seconds: the time limit.
+        digests: whether to read earlier copies to check them.
+    """
+
+    folder: str
+    manifest: str
+    firsts: tuple[int, ...]
+    network: str
+    readers: int
+    seconds: float
+    digests: bool
+
+    def pack(self) -> str:
+        """Encode it."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def unpack(cls, text: str) -> StagePlan:
+        """Decode the result of `pack`."""
+        members = json.loads(text)
+        return cls(**members | {"firsts": tuple(members["firsts"])})
+
+
+def plan_staging(
+    model: str, folder: str, ranks: Sequence[HasHost], network: str, limits: tuple[int, float, bool]
+) -> StagePlan:
+    """Return the plan for a model.
+
+    Args:
+        model: its folder.
+        folder: where each node keeps copies.
+        ranks: each rank's host.
+        network: the network in which the nodes reach each other; empty for each host's own address.
+        limits: readers of a node, the time limit in seconds, and whether to read earlier copies to check them.
+
+    Raises:
+        StageError: the model's folder can't be copied.
+    """
+    firsts: dict[str, int] = {}
+    for rank, place in enumerate(ranks):
+        firsts.setdefault(place.host, rank)
+    readers, seconds, digests = limits
+    return StagePlan(folder, scan(model).to_json(), tuple(firsts.values()), network, readers, seconds, digests)
