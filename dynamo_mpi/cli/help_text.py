@@ -64,7 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "doctor": (
         "dynamo-mpi doctor",
-        "srun --mpi=pmix -N2 --ntasks-per-node=1 dynamo-mpi doctor --only mpi,gpu",
+        "srun --mpi=pmix -N2 --ntasks-per-node=1 dynamo-mpi doctor --only mpi,gpus",
         "dynamo-mpi doctor --run-dir dynamo_mpi-1234 --output json",
     ),
     "local": (

@@ -340,9 +340,9 @@ def _require_private(path: str, status: os.stat_result) -> None:
     _require_own(path, status)
     if status.st_mode & _WRITABLE_BY_OTHERS:
         mode = stat.S_IMODE(status.st_mode)
-        raise UnsafeFileError(
-            path, f"is a folder that others can write (mode {mode:04o})", f"chmod 700 {shell_word(path)}"
-        )
+        # a folder such as /tmp must stay as it is
+        fix = "name a folder below it" if status.st_mode & stat.S_ISVTX else f"chmod 700 {shell_word(path)}"
+        raise UnsafeFileError(path, f"is a folder that others can write (mode {mode:04o})", fix)
 
 
 def _require_guarded(path: str, status: os.stat_result) -> None:

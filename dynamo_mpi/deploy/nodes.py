@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.config_reader import read_small_text
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.deploy.hostlist import expand
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _SCONTROL_SECONDS = 30.0
 STAND_IN_JOB = "JOB"
+# nothing that mpirun or ssh would take for an option
+_HOST = re.compile(r"(?:\w[\w.-]*@)?[\w\[][\w.:%\[\]-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def of_hostfile(path: Path, here: str) -> Nodes:
         here: this host, on which the services run.
 
     Raises:
-        ConfigFileError: the file can't be read, or names no host.
+        ConfigFileError: the file can't be read, or names no host, or something that is none.
     """
     try:
         lines = read_small_text(path).splitlines()
@@ -157,6 +161,12 @@ def of_hostfile(path: Path, here: str) -> Nodes:
         ) from None
     words = (line.partition("#")[0].split() for line in lines)
     names = tuple(dict.fromkeys(first for first, *_ in filter(None, words)))
+    if wrong := [name for name in names if not _HOST.fullmatch(name)]:
+        raise ConfigFileError(
+            f"the hostfile {path} has {sanitize(repr(wrong[0]), 80)} for a host",
+            expected="one host on a line: a name or an address, also USER@HOST",
+            fix="correct the line",
+        )
     if not names:
         raise ConfigFileError(f"the hostfile {path} names no host", expected="one host on a line", fix="add the hosts")
     return Nodes(names, here)

@@ -73,13 +73,13 @@ class HttpEtcdClient:
         try:
             parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
             host, port = parts.hostname or "", parts.port or DEFAULT_PORT
-        except ValueError:
+            self._connection = (
+                http.client.HTTPSConnection(host, port, context=auth.tls())
+                if parts.scheme == "https"
+                else http.client.HTTPConnection(host, port)
+            )
+        except (ValueError, http.client.InvalidURL):
             raise self._error("can't be read") from None
-        self._connection = (
-            http.client.HTTPSConnection(host, port, context=auth.tls())
-            if parts.scheme == "https"
-            else http.client.HTTPConnection(host, port)
-        )
 
     def __enter__(self) -> HttpEtcdClient:
         return self

@@ -230,3 +230,9 @@ def test_a_proxy_of_the_web_is_not_asked(etcd: str, monkeypatch: pytest.MonkeyPa
 )
 def test_releases_of_etcd_with_known_holes_are_outdated(version: str, outdated: bool) -> None:
     assert is_outdated_etcd(version) is outdated
+
+
+@pytest.mark.parametrize("endpoint", ["not a url", "http://h:x", "http://[::1"])
+def test_an_endpoint_that_is_none_is_named(endpoint: str) -> None:
+    with pytest.raises(DiscoveryError, match="can't be read"):
+        HttpEtcdClient(endpoint, NOBODY, time.monotonic() + 20)

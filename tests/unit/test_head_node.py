@@ -373,6 +373,13 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) ->
     assert caught.value.fix == f"chmod 700 {shlex.quote(str(folder))}"
 
 
+def test_a_folder_such_as_tmp_is_left_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    with pytest.raises(UsageError, match="others can write") as caught, closing(ServicesDir(tmp_path, None, quiet)):
+        pass
+    assert caught.value.fix == "name a folder below it"
+
+
 @needs_root
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, NOBODY, NOBODY)
