@@ -38,6 +38,10 @@ _KINDS = (
 )
 
 
+# in place of the checkout's path
+_SHOWN_AS = "~/dynamo_mpi"
+
+
 class Line(NamedTuple):
     """A line of the terminal, and when it came, in seconds of the picture."""
 
@@ -63,7 +67,7 @@ def record(commands: Sequence[str], checkout: Path) -> Iterator[Line]:
                         yield Line(shown, "… (mpirun's own lines)")
                         left_out = True
                     continue
-                yield from (Line(shown, part) for part in _wrapped(text.rstrip()))
+                yield from (Line(shown, part) for part in _wrapped(text.rstrip().replace(str(checkout), _SHOWN_AS)))
         shown += _LONGEST_PAUSE
         yield Line(shown, f"$ echo $?   # {child.returncode}")
         yield Line(shown, "")

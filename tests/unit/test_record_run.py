@@ -26,6 +26,11 @@ def test_a_run_is_drawn_line_by_line_with_its_exit_code(tmp_path: Path) -> None:
     assert texts(draw(lines)) == shown
 
 
+def test_the_checkouts_path_is_not_in_the_picture(tmp_path: Path) -> None:
+    _, line, *_ = record(["echo at $(pwd -P)/x"], tmp_path.resolve())
+    assert line.text == "at ~/dynamo_mpi/x"
+
+
 def test_a_long_line_is_wrapped(tmp_path: Path) -> None:
     _, first, second, *_ = record([f"echo {'word ' * 40}"], tmp_path)
     assert max(len(first.text), len(second.text)) <= 118
