@@ -122,7 +122,10 @@ class SlurmWorker:
 
     def ready(self, seconds: float = 60) -> dict[str, Any]:
         """Wait for the ready file and return what is in it."""
-        eventually(lambda: self.ready_file.exists() or self._ended(), "the ready file", seconds)
+        try:
+            eventually(lambda: self.ready_file.exists() or self._ended(), "the ready file", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text()}") from None
         assert self.ready_file.exists(), self.text()
         content: dict[str, Any] = json.loads(self.ready_file.read_text())
         return content

@@ -74,6 +74,7 @@ def test_the_users_options_and_variables_reach_the_ranks(launch: Launch, slurm: 
     assert deployment.wait() == 130, deployment.text()
 
 
+@pytest.mark.full
 def test_a_mount_that_one_node_lacks_is_named_and_not_tried_again(launch: Launch, slurm: SlurmSession) -> None:
     # each node has a /dev/shm of its own
     slurm.exec("mkdir", "/dev/shm/only-here", host="n1")
@@ -90,7 +91,6 @@ def test_a_mount_that_one_node_lacks_is_named_and_not_tried_again(launch: Launch
     assert not deployment.left()
 
 
-@pytest.mark.full
 def test_an_image_that_is_missing_is_named(launch: Launch) -> None:
     deployment = launch(IMAGE="/no/such/image.sqsh")
     assert deployment.wait() == 66, deployment.text()

@@ -54,7 +54,7 @@ def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -
     return started
 
 
-@pytest.mark.landing("1")
+@pytest.mark.full
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
     node = slurm.nodes[rank]
