@@ -5,7 +5,7 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# five minutes before the time limit the deployment is told to finish what is in flight
+# five minutes before the time limit the deployment is asked to finish what is in flight
 #SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or

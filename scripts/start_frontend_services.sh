@@ -16,7 +16,7 @@ usage: scripts/start_frontend_services.sh --run-dir DIR [FLAGS] [-- FLAGS OF dyn
   scripts/start_frontend_services.sh --run-dir DIR -- --router-mode kv
   scripts/start_frontend_services.sh --help      this, and all flags
 
-Runs until SIGTERM or Ctrl-C. DIR/services.json tells workers how to reach them, once all answer.
+Runs until SIGTERM or Ctrl-C. DIR/services.json has their addresses for workers, once all answer.
 
 Environment:
   PYTHON    interpreter that has Dynamo (default: python3, or the checkout's .venv where only that has it)

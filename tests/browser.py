@@ -25,7 +25,7 @@ from tests.slurm.cluster.packages import install, why_not_installable
 # of those that print a page as their scripts have left it (--dump-dom)
 PROGRAMS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
 PACKAGE = "chromium"
-# where a browser has to be there, as Slurm has to
+# where a browser must be there, as Slurm must
 REQUIRES = ("CI", "DYN_MPI_REQUIRE_SLURM")
 _FLAGS = (
     "--headless",
@@ -36,7 +36,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
-    # what the browser would tell its maker stays here
+    # what the browser would report to its maker stays here
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--enable-logging=stderr",
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fault in a running worker, and all that has to follow from it, whatever launched the worker.
+"""A fault in a running worker, and all that must follow from it, whatever launched the worker.
 
 A case is a fault, a phase and a rank. `run_case` waits for the phase, lets the fault happen, and measures; `Outcome.check` asserts.
 """
@@ -62,7 +62,7 @@ class Case(NamedTuple):
         rank: where, or `CHILD`.
         engine: "reference" or "trtllm".
         signalled: whether the test sends the signal, "kill" or "stop", to the rank, which otherwise does it to itself.
-        number: tells apart several that are alike, and run one after the other.
+        number: distinguishes several that are alike, and run one after the other.
     """
 
     fault: str
@@ -103,7 +103,7 @@ class Case(NamedTuple):
         """Return what the ranks need, and what arms the fault; memory runs out by the test's doing, once the rank says that it is slow."""
         variables: dict[str, str] = {}
         if self.engine == "trtllm":
-            # a drain waits all of this time, and nothing else has to
+            # a drain waits all of this time, and nothing else does
             grace = "5" if self.phase == "drain" else "0.2"
             variables = {**TRTLLM_ENVIRONMENT, "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": grace}
         if self.rank == CHILD or self.signalled:
@@ -145,7 +145,7 @@ CHILD_CASES = tuple(
     Case(fault, phase, CHILD, "trtllm")
     for phase in CHILD_PHASES
     for fault in CHILD_FAULTS
-    # told to end, it does so in order while it drains, and dies of the signal while it loads
+    # asked to end, it does so in order while it drains, and dies of the signal while it loads
     if fault != "exit0" or phase == "serve"
 )
 CHILD_CODES = {"kill": (137,), "oom": (137,), "stop": (124,), "exit0": (75,)}
@@ -205,7 +205,7 @@ class Outcome:
         )
 
     def check(self, host: str, codes: Sequence[int], launcher_seconds: float = 0.0) -> None:
-        """Assert that everything is as it has to be.
+        """Assert that everything is as expected.
 
         Args:
             host: of the rank.
@@ -248,12 +248,12 @@ class Outcome:
         assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks
         assert name in (speaker, line[: len(name)]), blocks
         if case.rank == CHILD:
-            told = {"stop": "has been stopped for", "exit0": "ended with code 0 although it was not asked"}
+            texts = {"stop": "has been stopped for", "exit0": "ended with code 0 although it was not asked"}
             assert line.startswith("dynamo.trtllm "), blocks
-            assert told.get(case.fault, "was ended by signal 9") in line, blocks
+            assert texts.get(case.fault, "was ended by signal 9") in line, blocks
         else:
-            told = {"exception": "Traceback", **dict.fromkeys(SILENT, "is stopped or stuck")}
-            assert told.get(case.fault, "died") in line, blocks
+            texts = {"exception": "Traceback", **dict.fromkeys(SILENT, "is stopped or stuck")}
+            assert texts.get(case.fault, "died") in line, blocks
         if case.fault == "exception":
             assert self.text.count("FaultError: a fault on demand") >= 1, self.text
         if case.phase in ("mpi_init", "preflight") and not self.reports:
@@ -284,7 +284,7 @@ def run_case(
         trigger: the case's.
         keys: its own.
         open_streams: begins requests.
-        begin_drain: tells the worker to end in order.
+        begin_drain: asks the worker to end in order.
         find_rank: returns a rank's pid on this machine; of `CHILD`, 0 where it isn't there yet.
         stop: ends what has not ended.
         look: called while all ranks are still there.

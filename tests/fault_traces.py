@@ -150,7 +150,7 @@ def make_group() -> Path:
     """Make a memory cgroup.
 
     Raises:
-        OSError: this machine has none, or lets nobody make one.
+        OSError: this machine has none, or doesn't let this user make one.
     """
     v1 = (V1 / "memory.limit_in_bytes").exists()
     if not v1 and "memory" not in (V2 / "cgroup.subtree_control").read_text().split():
@@ -164,7 +164,7 @@ def make_group() -> Path:
 def run_out_of_memory(pid: int) -> Iterator[float]:
     """Give a process less memory than it needs, and wait for the kernel to kill it; yields the time when that was seen."""
     if pid <= 0:
-        raise ValueError("cgroups take 0 for whoever writes it")
+        raise ValueError("cgroups take 0 for the process that writes it")
     group = make_group()
     try:
         limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").exists() else "memory.max"
@@ -183,7 +183,7 @@ def _removed(group: Path) -> bool:
 
 
 def has_ended(pid: int) -> bool:
-    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
+    """Return whether a process has ended, also if no other has fetched its exit code yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:

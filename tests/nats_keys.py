@@ -36,7 +36,7 @@ class Operator:
         self._operator, self._account, self._system = identity(_OPERATOR), identity(_ACCOUNT), identity(_ACCOUNT)
 
     def config(self) -> str:
-        """Return the configuration that lets in whoever the operator's account vouches for."""
+        """Return the configuration that lets in the users of the operator's account."""
         operator = _signed(self._operator, self._operator.public, {"type": "operator", "version": 2})
         limits = {
             "subs": -1,

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-class Heard:
+class Received:
     """What has come: subjects and bodies, in their order."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Heard:
 
 
 @contextlib.contextmanager
-def listening_to(url: str, subject: str = "dynamo_mpi.v1.>", **who: str) -> Iterator[Heard]:
+def listening_to(url: str, subject: str = "dynamo_mpi.v1.>", **who: str) -> Iterator[Received]:
     """Subscribe until the block ends.
 
     Args:
@@ -34,7 +34,7 @@ def listening_to(url: str, subject: str = "dynamo_mpi.v1.>", **who: str) -> Iter
         subject: may have wildcards.
         who: of NATS's ``CONNECT``: ``user`` and ``pass``, or ``auth_token``.
     """
-    heard = Heard()
+    heard = Received()
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port or 4222), timeout=10) as connection:
         file = connection.makefile("rwb")
@@ -53,7 +53,7 @@ def listening_to(url: str, subject: str = "dynamo_mpi.v1.>", **who: str) -> Iter
             thread.join(10)
 
 
-def _hear(file: Any, heard: Heard) -> None:
+def _hear(file: Any, heard: Received) -> None:
     with contextlib.suppress(OSError):
         while line := file.readline():
             if line.startswith(b"PING"):

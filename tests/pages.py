@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages tell their readers to type: blocks of code, with the names by which tests find them.
+"""What readers type from the pages: blocks of code, with the names by which tests find them.
 
 A block of commands stands in a fence (``sh``, or ``console`` with its output) behind a line ``<!-- test: NAME -->``.
 What can't be run by a test begins with a comment that says why, ``# not run here: needs GPUs``; a single line of that
@@ -68,7 +68,7 @@ def block_of(page: str, name: str) -> Block:
 
 
 def commands(page: str, name: str) -> list[str]:
-    """Return what a page tells its readers to type in the block of that name."""
+    """Return what a reader types from a page's block of that name."""
     return list(block_of(page, name).commands)
 
 

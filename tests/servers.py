@@ -140,7 +140,7 @@ def drip(text: bytes, seconds: float) -> Callable[[socket.socket], None]:
 
 @contextlib.contextmanager
 def closed_port() -> Iterator[int]:
-    """Hold a loopback port on which nobody listens, so that nobody else takes it meanwhile."""
+    """Hold a loopback port without a listener, so that no other process takes it meanwhile."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]

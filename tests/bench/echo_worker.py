@@ -42,7 +42,7 @@ class EchoEngine:
         """There is nothing to load."""
 
     def follow(self) -> None:
-        """There is nobody to follow."""
+        """There is no rank to follow."""
 
     def start(self) -> None:
         """Start the thread."""

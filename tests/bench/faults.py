@@ -115,7 +115,7 @@ def main() -> int:
     )
     parser.add_argument("--no-plain", action="store_true", help="our supervision alone")
     parser.add_argument("--mpich", type=Path, help="folder of PyPI's mpich, kept (default: a temporary one)")
-    parser.add_argument("--logs", type=Path, help="folder for the output of cases that were not as they have to be")
+    parser.add_argument("--logs", type=Path, help="folder for the output of cases that were not as expected")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
@@ -269,7 +269,7 @@ def measure(target: Target, case: Case, folder: Path, logs: Path | None) -> list
 
 
 def judge(target: Target, outcome: Outcome) -> tuple[str, str]:
-    """Return what is to be said of a case's reports, and of what else is not as it has to be; and why, empty where all is well."""
+    """Return the problems of a case's reports, and whatever else is not as expected; and why, empty where all is well."""
     host = target.host(max(0, outcome.case.rank))
     try:
         outcome.check_report(host)

@@ -42,7 +42,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
 from dynamo_mpi.supervisor.join import MAX_PENDING
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from tests.bench.liveness import be_ranks, watch_by_lookout
+from tests.bench.liveness import be_ranks, watch_by_server
 from tests.dynamo.running import EtcdServer, RunningWorker, system_port
 from tests.tiny_llama import write_tiny_gguf
 from tests.unit.neighbour import NOBODY
@@ -88,7 +88,7 @@ def seconds_to_connect(ranks: int, connections: int) -> float:
     others = context.Process(target=be_ranks, args=(rendezvous, ranks, theirs), daemon=True)
     others.start()
     ours.recv()
-    server = watch_by_lookout(listener, rendezvous, ranks, queue.SimpleQueue())
+    server = watch_by_server(listener, rendezvous, ranks, queue.SimpleQueue())
     assert isinstance(server, HeartbeatServer)
     crowd, crowds_end = context.Pipe()
     strangers = context.Process(target=hold, args=(rendezvous.port, connections, crowds_end), daemon=True)

@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", default=list(RANKS), choices=RANKS, help="what is killed")
     parser.add_argument("--kills", type=int, default=50, help="of each (default: %(default)s)")
     parser.add_argument("--mpich", type=Path, help="folder of PyPI's mpich, kept (default: a temporary one)")
-    parser.add_argument("--logs", type=Path, help="folder for the output of runs that were not as they have to be")
+    parser.add_argument("--logs", type=Path, help="folder for the output of runs that were not as expected")
     arguments = parser.parse_args()
     if reason := why_unavailable():
         note(f"no hosts: {reason}")
@@ -143,8 +143,8 @@ def measure(target: Target, rank: str, kills: int, folder: Path, logs: Path | No
             continue
         outcomes.append(outcome)
         host = target.hosts[1] if rank == "n" else target.hosts[0]
-        as_it_has_to_be = (len(outcome.blocks), is_right(outcome, host), bool(outcome.reports)) == (1, True, True)
-        if outcome.left or not as_it_has_to_be:
+        as_expected = (len(outcome.blocks), is_right(outcome, host), bool(outcome.reports)) == (1, True, True)
+        if outcome.left or not as_expected:
             keep(logs, own.name, f"{outcome}\nleft: {outcome.left}\nfiles: {sorted(outcome.reports)}\n{outcome.text}")
     for words, times in wrong.items():
         note(f"{target.name}, {rank}: not measured {times} times: {words}")
@@ -172,7 +172,7 @@ def cells_of(outcomes: Sequence[Outcome], host: str) -> list[str]:
 
 
 def is_right(outcome: Outcome, host: str) -> bool:
-    """Tell whether the first report names the rank and its host."""
+    """Return whether the first report names the rank and its host."""
     name = f"rank {max(0, outcome.case.rank)} on {host}"
     return bool(outcome.blocks) and name in (outcome.blocks[0][0], outcome.blocks[0][2][: len(name)])
 

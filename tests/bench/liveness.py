@@ -4,7 +4,7 @@
     python tests/bench/liveness.py [--ranks 512] [--seconds 20] [--deaths 50]
 
 The other ranks are connections of one more process, which speaks the real protocol at the real pace; rank 0 is a process with the real
-lookout. The baselines, in the same run and with the same ranks, are what one writes first: a thread for each connection, which reads it with
+server. The baselines, in the same run and with the same ranks, are what one writes first: a thread for each connection, which reads it with
 a time limit, and one thread that asks all connections in turn, every 50 ms. Printed are the time until all ranks are let in, messages and CPU
 while nothing happens, and the time from a connection's end to the report.
 """
@@ -69,7 +69,7 @@ def main() -> int:
     arguments = parser.parse_args()
     found = {
         name: run(watch, arguments.ranks, arguments.seconds, arguments.deaths)
-        for name, watch in (("ours", watch_by_lookout), ("threads", watch_by_threads), ("polling", watch_by_polling))
+        for name, watch in (("ours", watch_by_server), ("threads", watch_by_threads), ("polling", watch_by_polling))
     }
     ours = found["ours"]
     print(f"{arguments.ranks} ranks, {ours.messages:.0f} messages a second, as by default")
@@ -128,7 +128,7 @@ def ours_count(ours: Connection) -> int:
     return count
 
 
-def watch_by_lookout(
+def watch_by_server(
     listener: socket.socket, rendezvous: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
 ) -> HeartbeatServer:
     """Watch as rank 0 does."""
@@ -221,7 +221,7 @@ def watch_by_threads(
 
 
 def be_ranks(rendezvous: Rendezvous, ranks: int, orders: Connection) -> None:
-    """Be all ranks but 0: connect as they do, send heartbeats at their pace, and die when told to."""
+    """Be all ranks but 0: connect as they do, send heartbeats at their pace, and die on request."""
     raise_nofile_limit(ranks)
     orders.send("here")
     orders.recv()

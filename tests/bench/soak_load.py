@@ -33,7 +33,7 @@ class End(NamedTuple):
     """How a request ended.
 
     Args:
-        is_whole: whether the client was told that this is all.
+        is_whole: whether the client received that this is all.
         text: what came of the answer.
         how: in words.
     """

@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def golden(chat: list[dict[str, str]], tokenizer: Any, llama: llama_cpp.Llama, model: Any) -> dict[str, Any]:
-    """Return one prompt's entry; ``smallest_margin`` tells how far rounding may go before a token changes."""
+    """Return one prompt's entry; ``smallest_margin`` is how far rounding may go before a token changes."""
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     of_llama_cpp = llama.tokenize(text.encode(), add_bos=False, special=True)

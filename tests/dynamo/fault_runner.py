@@ -110,7 +110,7 @@ class MpirunFaults:
             shutil.rmtree(temporary)
 
     def check_last_failure(self, case: Case) -> None:
-        """See that the worker has left in etcd what it died of, whoever was there to write it; before the verdict nothing."""
+        """See that the worker has left in etcd what it died of, whichever process wrote it; before the verdict nothing."""
         etcd = GrpcEtcdClient([self.etcd.url], EtcdAuth(), 5)
         with contextlib.closing(etcd):
             left = [FailureRecord.unpack(entry.value) for entry in etcd.get_prefix(failures_of(case.namespace))]

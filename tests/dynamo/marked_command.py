@@ -113,7 +113,7 @@ class MarkedCommand:
         self.process.send_signal(number)
         return self.wait()
 
-    def until_said(self, text: str, times: int = 1, seconds: float = FULL_SECONDS) -> None:
+    def wait_for_text(self, text: str, times: int = 1, seconds: float = FULL_SECONDS) -> None:
         """Wait until ``text`` stands in stderr, so many times."""
 
         def said() -> bool:

@@ -126,7 +126,7 @@ class EtcdServer:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let it answer nobody until the block ends."""
+        """Let it answer no client until the block ends."""
         assert self.child is not None
         os.kill(self.child.pid, signal.SIGSTOP)
         try:
@@ -204,7 +204,7 @@ class EtcdServer:
             return {client.get_lease_info(lease).grantedTTL for lease in leases}
 
     def revoke_leases(self) -> None:
-        """Take all leases away, as if nobody had renewed them."""
+        """Take all leases away, as if none had been renewed."""
         import pyetcd
 
         with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
@@ -350,7 +350,7 @@ def running_frontend(
 
 
 def http_get(url: str) -> tuple[int, str]:
-    """Return status and body; status 0 when nobody answers."""
+    """Return status and body; status 0 without an answer."""
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310 - the tests' own loopback addresses
             return reply.status, reply.read().decode()

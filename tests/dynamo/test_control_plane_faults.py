@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd and NATS go while a worker serves: a short absence is nothing; whoever loses its lease says so, ends in order, and leaves with 75.
+"""etcd and NATS go while a worker serves: a short absence is nothing; a worker that loses its lease reports it, ends in order with 75.
 
-Never does a worker go on that nobody can find, and never does one that was lost look like one that has finished.
+Never does a worker go on that no client can find, and never does one that was lost look like one that has finished.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def nats(tmp_path: Path) -> Iterator[NatsServer]:
 
 
 def answers(frontend: Frontend, model: str) -> bool:
-    """Tell whether a request for two tokens is answered now."""
+    """Return whether a request for two tokens is answered now."""
     body = {"model": model, "prompt": "The capital of France is", "max_tokens": 2}
     url, headers = f"http://127.0.0.1:{frontend.port}/v1/completions", {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -79,7 +79,7 @@ def answers(frontend: Frontend, model: str) -> bool:
 
 
 def outlives_its_lease(worker: RunningWorker, etcd: EtcdServer, keys: list[str]) -> None:
-    """See that the worker is still there, under the same keys, when a lease that nobody renews would have ended."""
+    """See that the worker is still there, under the same keys, when a lease without renewals would have ended."""
     begin = time.monotonic()
     eventually(lambda: time.monotonic() > begin + 1.5 * LEASE, "time passes")
     assert worker.process.poll() is None, worker.text()
@@ -119,7 +119,7 @@ def test_a_short_absence_is_nothing_and_an_etcd_that_has_forgotten_the_worker_en
 
         # what somebody deletes is there again, under the same lease
         etcd.delete("v1/")
-        # dynamo.trtllm deletes them itself when it is told to end, and has the time for that
+        # dynamo.trtllm deletes them itself when it is asked to end, and has the time for that
         patience = NOTICED_SECONDS + (2 * LEASE if kind == "trtllm" else 0)
         eventually(lambda: etcd.keys() == keys, "the keys are written again", patience)
         eventually(lambda: answers(frontend, model_dir.name), "it is found again", 20)

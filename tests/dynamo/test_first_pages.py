@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and the page of the first worker tell their readers to type, as it stands, with all its real parts."""
+"""What the README and the page of the first worker have readers type, as it stands, with all its real parts."""
 
 from __future__ import annotations
 

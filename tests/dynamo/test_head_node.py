@@ -60,7 +60,7 @@ def ask(url: str, model: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def sample_worker(folder: Path, environment: Mapping[str, str], model_dir: Path) -> Iterator[None]:
-    """Run Dynamo's sample engine with nothing but what ``services.json`` tells."""
+    """Run Dynamo's sample engine with nothing but what ``services.json`` has."""
     command = [sys.executable, str(ROOT / "tests" / "bench" / "sample_worker.py"), str(model_dir), MODEL]
     variables = mpi_environment({**environment, "DYN_LOG": "warn"})
     child = LoggedProcess("sample worker", command, environment=variables, log=folder / "sample_worker.log")
@@ -70,7 +70,7 @@ def sample_worker(folder: Path, environment: Mapping[str, str], model_dir: Path)
         child.kill()
 
 
-def etcd_says(environment: Mapping[str, str], credentials: Mapping[str, str] | None, folder: Path) -> str:
+def check_etcd(environment: Mapping[str, str], credentials: Mapping[str, str] | None, folder: Path) -> str:
     """Ask etcd for its health with somebody's credentials, or none; return what comes back, or why nothing does."""
     context = ssl.create_default_context(cadata=environment["ETCD_AUTH_CA"])
     if credentials is not None:
@@ -85,7 +85,7 @@ def etcd_says(environment: Mapping[str, str], credentials: Mapping[str, str] | N
         return str(error)
 
 
-def nats_says(server: str, user: str | None, password: str | None) -> str:
+def check_nats(server: str, user: str | None, password: str | None) -> str:
     """Log in to NATS, and return what it says first: PONG, or an error."""
     place = urlsplit(server)
     login = {"user": user, "pass": password} if user is not None else {}
@@ -141,13 +141,13 @@ def test_two_jobs_of_a_node_keep_apart(tmp_path: Path) -> None:
         for number, server, job in zip(wanted, (*servers, *urls), "778878", strict=True):
             assert server.port in candidates(Port(number, False, ""), job)
 
-        assert '"health":"true"' in etcd_says(ours, ours, tmp_path)
+        assert '"health":"true"' in check_etcd(ours, ours, tmp_path)
         for credentials in (None, theirs):
-            assert re.search("(?i)alert.*(certificate|unknown ca)", etcd_says(ours, credentials, tmp_path))
+            assert re.search("(?i)alert.*(certificate|unknown ca)", check_etcd(ours, credentials, tmp_path))
         password = theirs["NATS_AUTH_PASSWORD"]
-        assert nats_says(theirs["NATS_SERVER"], "dynamo", password) == "PONG"
-        assert nats_says(ours["NATS_SERVER"], "dynamo", password) == "-ERR 'Authorization Violation'"
-        assert nats_says(ours["NATS_SERVER"], None, None) == "-ERR 'Authorization Violation'"
+        assert check_nats(theirs["NATS_SERVER"], "dynamo", password) == "PONG"
+        assert check_nats(ours["NATS_SERVER"], "dynamo", password) == "-ERR 'Authorization Violation'"
+        assert check_nats(ours["NATS_SERVER"], None, None) == "-ERR 'Authorization Violation'"
         assert [head.end() for head in heads] == [0, 0]
 
 
@@ -197,7 +197,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         head.services()
         os.kill(head.part("frontend"), signal.SIGSTOP)  # so it takes all of its time
         head.process.send_signal(signal.SIGTERM)
-        head.until_said("stopping (again: at once)")
+        head.wait_for_text("stopping (again: at once)")
         head.process.send_signal(signal.SIGTERM)
         assert head.process.wait(5) == 0
         head.assert_nothing_left()
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", ["etcd at", "nats at"])
 def test_a_signal_during_the_start(tmp_path: Path, said: str) -> None:
     with HeadNodeCommand(tmp_path) as head:
-        head.until_said(said)
+        head.wait_for_text(said)
         code = head.end()
         # it may have become ready in the same moment
         assert code == (ExitCode.OK if "ready: " in head.err else of_signal(signal.SIGTERM))
@@ -273,7 +273,7 @@ def test_etcd_and_nats_alone_and_open(tmp_path: Path) -> None:
         assert (services["url"], services["job_id"]) == (None, os.environ.get("SLURM_JOB_ID"))
         assert set(environment) == {"ETCD_ENDPOINTS", "NATS_SERVER"}
         assert http_get(environment["ETCD_ENDPOINTS"] + "/health")[0] == 200
-        assert nats_says(environment["NATS_SERVER"], None, None) == "PONG"
+        assert check_nats(environment["NATS_SERVER"], None, None) == "PONG"
         assert head.end() == 0
         head.assert_nothing_left()
         assert "every process that can reach etcd and NATS can use them" in head.err

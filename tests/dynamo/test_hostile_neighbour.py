@@ -26,7 +26,7 @@ from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.ops.listeners import Reach, find_listeners
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import RunningWorker, eventually, listening, pem_lines, started_with
-from tests.dynamo.test_head_node import ask, nats_says
+from tests.dynamo.test_head_node import ask, check_nats
 from tests.unit.neighbour import NOBODY, needs_root
 
 pytestmark = [
@@ -51,12 +51,12 @@ class Deployment:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What workers are told, the secrets among it."""
+        """What workers get, the secrets among it."""
         return dict(self.services["environment"])
 
     @property
     def secrets(self) -> list[str]:
-        """What nobody else may see."""
+        """What no other user may see."""
         return [self.environment["NATS_AUTH_PASSWORD"], *pem_lines(self.environment["ETCD_AUTH_CLIENT_KEY"])]
 
     def keys(self) -> dict[str, tuple[int, int]]:
@@ -68,7 +68,7 @@ class Deployment:
         return {entry.key: (entry.create_revision, entry.lease) for entry in entries}
 
     def answers(self) -> bool:
-        """Tell whether a completion comes back."""
+        """Return whether a completion comes back."""
         answer = ask(str(self.services["url"]), "smollm2")
         return answer is not None and answer["usage"]["completion_tokens"] > 0
 
@@ -154,7 +154,7 @@ def test_another_user_reads_no_secret(deployment: Deployment, found: dict[str, A
     assert found["command_lines"] == []
 
 
-def test_no_secret_is_told(deployment: Deployment) -> None:
+def test_no_secret_is_reported(deployment: Deployment) -> None:
     said = deployment.worker.text() + deployment.head.err + deployment.head.out
     assert [secret for secret in deployment.secrets if secret in said] == []
 
@@ -182,14 +182,14 @@ def test_another_user_ends_nothing(found: dict[str, Any]) -> None:
     }
 
 
-def test_nobody_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:
+def test_no_process_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:
     # the listener is closed: all ranks have joined
     assert [answer for answer in found["ports"].values() if answer.startswith("liveness")] == []
-    # the requests' port is Dynamo's: who reaches it may ask, so it has to be one that only the cluster reaches
+    # the requests' port is Dynamo's: who reaches it may ask, so it must be one that only the cluster reaches
     assert found["ports"]
 
 
-def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment, tmp_path: Path) -> None:
+def test_etcd_refuses_clients_without_this_jobs_certificate(deployment: Deployment, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a stranger's certificate with")
     ours = deployment.environment
@@ -209,11 +209,11 @@ def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment,
     assert deployment.keys() == keys
 
 
-def test_nats_takes_nobody_without_this_jobs_password(deployment: Deployment) -> None:
+def test_nats_refuses_clients_without_this_jobs_password(deployment: Deployment) -> None:
     server, user = deployment.environment["NATS_SERVER"], deployment.environment["NATS_AUTH_USERNAME"]
     assert urlsplit(server).hostname == urlsplit(deployment.environment["ETCD_ENDPOINTS"]).hostname
     for name, password in ((None, None), (user, "guessed"), (user, "")):
-        assert "Authorization Violation" in nats_says(server, name, password)
+        assert "Authorization Violation" in check_nats(server, name, password)
 
 
 def test_the_table_of_listeners_is_what_listens(deployment: Deployment) -> None:

@@ -203,7 +203,7 @@ def test_images_and_texts_arrive_as_they_were_sent(
         assert worker.wait() == 0, worker.text()
 
 
-def test_addresses_inside_the_cluster_have_to_be_allowed(
+def test_addresses_inside_the_cluster_must_be_allowed(
     start: Start, etcd: EtcdServer, images: ImageServer, tmp_path: Path
 ) -> None:
     start("--modality", "multimodal").ready()

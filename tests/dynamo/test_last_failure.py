@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What real workers leave in etcd when they fail, whoever is left to write it; and nothing where they end in order."""
+"""What real workers leave in etcd when they fail, whichever process is left to write it; and nothing where they end in order."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def worker(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Runnin
     running.stop()
 
 
-def test_an_engine_that_breaks_while_it_serves_is_told_so(
+def test_an_engine_that_breaks_while_it_serves_is_reported(
     worker: RunningWorker, etcd: EtcdServer, tmp_path: Path, model_dir: Path
 ) -> None:
     with running_frontend(tmp_path, etcd) as frontend:

@@ -45,7 +45,7 @@ class LaunchCommand(MarkedCommand):
             *("--prefill-engine-config", str(folder / "engine.yaml")),
             *("--decode-engine-config", str(folder / "engine.yaml"), *words),
         ]
-        # one host under two names can't tell the check's ranks apart
+        # one host under two names can't distinguish the check's ranks
         variables = {
             "DYN_MPI_KV_CHECK": "off",
             "DYN_MPI_ADDRESS": "127.0.0.1",
@@ -90,7 +90,7 @@ class LaunchCommand(MarkedCommand):
 
 def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--max-restarts", "1") as launch:
-        launch.until_said("ready: smollm2. Try:")
+        launch.wait_for_text("ready: smollm2. Try:")
         status, reply = launch.ask()
         assert (status, reply["choices"][0]["message"]["content"]) == (200, "The capital of France is Paris.")
         environment = json.loads((launch.run_dir / "services.json").read_text())["environment"]
@@ -105,8 +105,8 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert {each.kind for each in found if each.reach is Reach.EVERYWHERE} == {"mpirun"}
 
         os.kill(launch.rank("prefill-0"), signal.SIGKILL)
-        launch.until_said("prefill-0: ended with exit code 137; start 2 of at most 2")
-        launch.until_said("prefill-0: ready", times=2)
+        launch.wait_for_text("prefill-0: ended with exit code 137; start 2 of at most 2")
+        launch.wait_for_text("prefill-0: ready", times=2)
         ready = {name: launch.ready(name)["attempt"] for name in ("prefill-0", "decode-0")}
         assert ready == {"prefill-0": 2, "decode-0": 1}
         eventually(lambda: launch.ask()[0] == 200, "it answers again", 30)
@@ -124,9 +124,9 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services"]
 
 
-def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:
+def test_a_worker_with_no_process_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
-        launch.until_said("ready: smollm2. Try:")
+        launch.wait_for_text("ready: smollm2. Try:")
         # the rank, its node agent and what else they have started
         members = [pid for pid in launch.survivors() if is_of_prefill(pid)]
         assert launch.rank("prefill-0") in members
@@ -134,10 +134,10 @@ def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, 
             for pid in members:
                 os.kill(pid, number)
         assert launch.wait() == 137, launch.err
-        told = "prefill-0 ended with exit code 137: rank 0 on "
-        assert launch.err.count(told) == 1, launch.err
+        message = "prefill-0 ended with exit code 137: rank 0 on "
+        assert launch.err.count(message) == 1, launch.err
         assert "was killed by signal 9 (SIGKILL), and no rank was left to report it\n  expected: " in launch.err
-        assert told in json.loads((launch.run_dir / "ended.json").read_text())["report"]
+        assert message in json.loads((launch.run_dir / "ended.json").read_text())["report"]
         (written,) = (launch.run_dir / "failures" / "prefill-0").iterdir()
         assert json.loads(written.read_text())["cause"] == "disconnect"
         launch.assert_nothing_left()
@@ -155,7 +155,7 @@ def is_of_prefill(pid: int) -> bool:
 @pytest.mark.full
 def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
-        launch.until_said("ready: smollm2. Try:")
+        launch.wait_for_text("ready: smollm2. Try:")
         for pid, words in launch.command_lines().items():
             if words[0].endswith((b"mpirun", b"prterun")):
                 os.kill(pid, signal.SIGSTOP)
@@ -186,15 +186,15 @@ def test_a_fault_on_demand_reaches_the_ranks(tmp_path: Path, model_dir: Path) ->
 
 def test_a_second_signal_ends_all_at_once(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--stop-timeout", "60") as launch:
-        launch.until_said("prefill-0: 1 rank on localhost")
+        launch.wait_for_text("prefill-0: 1 rank on localhost")
         launch.process.send_signal(signal.SIGTERM)
-        launch.until_said("ending")
+        launch.wait_for_text("ending")
         launch.process.send_signal(signal.SIGTERM)
         assert launch.wait(30) == 143, launch.err
         launch.assert_nothing_left()
 
 
-def test_it_ends_in_order_when_whoever_read_its_words_has_gone(tmp_path: Path, model_dir: Path) -> None:
+def test_it_ends_in_order_when_the_reader_of_its_output_has_gone(tmp_path: Path, model_dir: Path) -> None:
     # as `launch 2>&1 | tee log` does at Ctrl-C, which ends tee as well
     read, write = os.pipe()
     with (

@@ -72,7 +72,7 @@ def test_a_deployment_starts_beside_what_others_have_left(tmp_path: Path, model_
     others = sessions_of_the_next_processes(temporary)
     with folders_of_two_runs(temporary, "launch") as (killed, living):
         with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
-            launch.until_said("ready: smollm2. Try:")
+            launch.wait_for_text("ready: smollm2. Try:")
             assert launch.ask()[0] == 200
             (own,) = set(temporary.glob("dynamo-mpi-launch-*")) - {living}
             assert list(own.glob("ompi.*")), "there are mpirun's files"

@@ -55,7 +55,7 @@ def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_no_other_user_or_host_can_use_its_services(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--tp", "3", "--keep", "--output", "json") as command:
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         # Open MPI's launcher itself listens at all addresses, whatever its parameters (PRRTE 3.0)
         names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in command.survivors()}
         ours = [pid for pid, name in names.items() if name not in ("mpirun", "prterun", "orterun")]
@@ -148,7 +148,7 @@ def test_verbose_shows_each_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
 def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, moment: str) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
-        command.until_said(MOMENTS[moment])
+        command.wait_for_text(MOMENTS[moment])
         command.process.send_signal(number)
         assert command.wait(30) == of_signal(number), command.err
         command.assert_nothing_left()
@@ -159,7 +159,7 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, moment
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_even_sigkill_leaves_no_process(tmp_path: Path, moment: str) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
-        command.until_said(MOMENTS[moment])
+        command.wait_for_text(MOMENTS[moment])
         assert len(command.survivors()) > 1
         command.process.kill()
         command.wait()
@@ -168,7 +168,7 @@ def test_even_sigkill_leaves_no_process(tmp_path: Path, moment: str) -> None:
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
-        command.until_said("etcd at")
+        command.wait_for_text("etcd at")
         command.process.kill()
         command.wait()
         eventually(lambda: not command.survivors(), "all processes are gone", 5)
@@ -183,7 +183,7 @@ def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
         with open_stream(report["url"], report["model"], max_tokens=2000) as stream:
             stream.readline()
             command.process.send_signal(signal.SIGINT)
-            command.until_said("again: at once")
+            command.wait_for_text("again: at once")
             stream.readline()  # the request in flight goes on
             assert command.process.poll() is None
             second = time.monotonic()
@@ -195,7 +195,7 @@ def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
 
 def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         lines = command.command_lines()
         (mpirun,) = [
             pid for pid, words in lines.items() if b"-n" in words and words[0].endswith((b"mpirun", b"prterun"))
@@ -212,7 +212,7 @@ def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path) -> None:
 def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None:
     with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
         victim = command.report()["processes"][part][0]
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         os.kill(victim, signal.SIGKILL)
         assert command.wait(60) == code, command.err
         command.assert_nothing_left()
@@ -222,7 +222,7 @@ def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None
 def test_a_killed_rank_ends_the_run_with_its_code(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
         report = command.report()
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         leader = report["worker"]["pid"]
         os.kill(leader, signal.SIGKILL)
         assert command.wait(60) not in (0, ExitCode.UNAVAILABLE), command.err
@@ -264,7 +264,7 @@ def interrupts() -> Iterator[Interrupts]:
 def test_a_port_taken_meanwhile_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Interrupts
 ) -> None:
-    """Etcd's and the frontend's first ports are NATS's: whoever comes second has to find another."""
+    """Etcd's and the frontend's first ports are NATS's: the second one must find another."""
     contested = free_port()
     ports = iter([contested] * 3)
     monkeypatch.setattr(service_ports, "free_port", lambda: next(ports, None) or free_port())

@@ -51,7 +51,7 @@ def test_a_pair_answers_as_one_worker_does(
 def test_the_report_has_both_workers_and_ctrl_c_ends_them(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--keep", "--output", "json") as command:
         report = command.report()
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         assert report["role"] == "disagg"
         assert {role: block["tp_size"] for role, block in report["workers"].items()} == {"prefill": 3, "decode": 1}
         for block in report["workers"].values():
@@ -69,7 +69,7 @@ def test_the_report_has_both_workers_and_ctrl_c_ends_them(tmp_path: Path) -> Non
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_ends_everything(tmp_path: Path, moment: str) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--keep") as command:
-        command.until_said(MOMENTS[moment])
+        command.wait_for_text(MOMENTS[moment])
         command.process.send_signal(signal.SIGTERM)
         assert command.wait(30) == of_signal(signal.SIGTERM), command.err
         command.assert_nothing_left()
@@ -79,7 +79,7 @@ def test_sigterm_ends_everything(tmp_path: Path, moment: str) -> None:
 @pytest.mark.full
 def test_even_sigkill_leaves_no_process(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *SMALLEST, "--keep") as command:
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         command.process.kill()
         command.wait()
         eventually(lambda: not command.survivors(), "all processes are gone", 5)
@@ -107,7 +107,7 @@ def test_what_is_in_flight_anywhere_is_finished(tmp_path: Path) -> None:
         ThreadPoolExecutor(4) as pool,
     ):
         report = command.report()
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         answers = [pool.submit(complete, report["url"], report["model"], number) for number in range(4)]
         eventually(lambda: started, "a first token")
         command.process.send_signal(signal.SIGTERM)
@@ -124,7 +124,7 @@ def test_what_is_in_flight_anywhere_is_finished(tmp_path: Path) -> None:
 def test_a_world_that_loses_a_rank_ends_the_run_with_its_code(tmp_path: Path, role: str) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--tp", "3", "--keep", "--output", "json") as command:
         report = command.report()
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         os.kill(report["workers"][role]["worker"]["pid"], signal.SIGKILL)
         assert command.wait(60) == of_signal(signal.SIGKILL), command.err
         command.assert_nothing_left()
@@ -141,7 +141,7 @@ def test_an_impossible_layout_is_refused_in_its_worlds_words(tmp_path: Path) -> 
 
 
 @pytest.mark.full
-def test_verbose_tells_the_worlds_apart(tmp_path: Path) -> None:
+def test_verbose_distinguishes_the_worlds(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--decode-tp", "2", "--verbose") as command:
         assert command.wait() == ExitCode.ILLEGAL_LAYOUT, command.err
         assert "[decode/rank-0] error B1:" in command.err

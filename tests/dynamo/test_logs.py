@@ -131,7 +131,7 @@ def test_on_a_terminal_there_is_a_table_that_goes(tmp_path: Path, etcd: EtcdServ
     data = bytearray()
 
     def read() -> bool:
-        with contextlib.suppress(OSError):  # nothing now, or nobody writes any more
+        with contextlib.suppress(OSError):  # nothing now, or no process writes any more
             data.extend(os.read(ours, 65536))
         return ready.exists() and b"ready: " in data
 

@@ -22,7 +22,7 @@ HEARTBEAT = 2.0
     [(signal.SIGKILL, 0.0, "died: "), (signal.SIGSTOP, HEARTBEAT, "is stopped or stuck: ")],
     ids=["kill", "stop"],
 )
-def test_its_end_is_told_and_it_leaves_discovery_at_once(
+def test_its_end_is_reported_and_it_leaves_discovery_at_once(
     tmp_path: Path, etcd: EtcdServer, model_dir: Path, number: signal.Signals, patience: float, said: str
 ) -> None:
     flags = ("--heartbeat-timeout", str(HEARTBEAT), "--failure-dir", str(tmp_path / "failures"))
@@ -37,7 +37,7 @@ def test_its_end_is_told_and_it_leaves_discovery_at_once(
         assert worker.wait() == 137 if number is signal.SIGKILL else worker.wait() != 0, worker.text()
         assert time.monotonic() - begin < patience + 3
         line = f"dynamo_mpi: rank 0 on {os.uname().nodename}: error in serve: {said}"
-        eventually(lambda: line in worker.text(), "it is told", 1)
+        eventually(lambda: line in worker.text(), "it is reported", 1)
         assert worker.text().count(": error in ") == 1, worker.text()
         failure = failure_in(tmp_path / "failures" / "backend-rank-0.json")
         assert (failure["rank"], failure["phase"], failure["exit_code"]) == (0, "serve", 124 if patience else 70)

@@ -59,7 +59,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     with LocalCommand(folder, "--keep", "--output", "json", "--max-batch-size", str(SLOTS)) as command:
         served = Served(command.report())
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         yield served
         command.process.terminate()
         assert command.wait(60) == 143, command.err

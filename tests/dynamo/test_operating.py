@@ -43,7 +43,7 @@ def shown(*words: str, **environment: str) -> dict[str, Any]:
     return content
 
 
-def test_a_worker_that_nobody_launched(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
+def test_a_worker_without_a_launch(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
     place = {"ETCD_ENDPOINTS": etcd.url}
     with running_frontend(tmp_path, etcd) as frontend:
         waiting = begin("wait", "--frontend", frontend.url, "--output", "json", **place)
@@ -108,9 +108,9 @@ def test_a_deployment_from_before_its_start_to_its_end(tmp_path: Path, model_dir
 def test_a_worker_that_ended_on_request_is_not_waited_for(tmp_path: Path, model_dir: Path) -> None:
     run_dir = str(tmp_path / "run")
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
-        launch.until_said("ready: smollm2. Try:")
+        launch.wait_for_text("ready: smollm2. Try:")
         os.kill(launch.rank("prefill-0"), signal.SIGTERM)
-        launch.until_said("prefill-0: ended with 0 on request; it isn't restarted")
+        launch.wait_for_text("prefill-0: ended with 0 on request; it isn't restarted")
         code, _, err = ended(begin("wait", "--run-dir", run_dir), 30)
         assert (code, "prefill-0: ended on request, and launch doesn't restart" in err) == (75, True), err
         found = shown("--run-dir", run_dir)
@@ -126,7 +126,7 @@ def test_a_worker_that_ended_on_request_is_not_waited_for(tmp_path: Path, model_
 def test_status_wait_and_down_find_a_local_stack(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--tp", "1", "--keep", "--output", "json") as command:
         run_dir = command.report()["run_dir"]
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         assert f"dynamo-mpi down {run_dir}" in command.err
         found = shown("--run-dir", run_dir)
         assert (found["ok"], found["ready"], [worker["name"] for worker in found["workers"]]) == (
@@ -155,7 +155,7 @@ def test_a_worker_that_fails_gives_the_wait_its_exit_code(tmp_path: Path, model_
 
 @pytest.mark.landing("1")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_that_nobody_launched_gives_the_wait_its_exit_code(
+def test_a_killed_worker_without_a_launch_gives_the_wait_its_exit_code(
     rank: int, tmp_path: Path, etcd: EtcdServer, model_dir: Path
 ) -> None:
     place = {"ETCD_ENDPOINTS": etcd.url}

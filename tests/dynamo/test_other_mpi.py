@@ -33,7 +33,7 @@ def test_what_mpichs_mpiexec_sends_when_a_rank_has_died_is_no_drain(
     for name, value in {**mpi.environment, **fault}.items():
         monkeypatch.setenv(name, value)
     with LocalCommand(tmp_path, "--keep", "--verbose", "--mpirun", f"{mpi.mpirun} -disable-auto-cleanup") as command:
-        command.until_said("serving until")
+        command.wait_for_text("serving until")
         now.touch()
         assert command.wait(30) != 0
         assert "SIGUSR1" not in command.err

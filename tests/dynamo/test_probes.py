@@ -71,7 +71,7 @@ def place_of(supervisor: socket.socket) -> str:
     return "@" + name[1:].decode()
 
 
-def told(supervisor: socket.socket) -> list[str]:
+def notifications(supervisor: socket.socket) -> list[str]:
     """Return all notifications since the last call."""
     lines: list[str] = []
     with contextlib.suppress(BlockingIOError):
@@ -152,7 +152,7 @@ def test_probes_follow_the_world_through_its_life(
     assert body["pid"] == ready["pid"]
     (server,) = answering(worker)
 
-    eventually(lambda: of("dynamo_mpi_ranks") in metrics(port), "what rank 0 knows of all ranks is told")
+    eventually(lambda: of("dynamo_mpi_ranks") in metrics(port), "what rank 0 knows of all ranks is published")
     seen = metrics(port)
     assert seen[of("dynamo_mpi_ready")] == 1
     assert seen[of("dynamo_mpi_ranks")] == 3
@@ -186,7 +186,7 @@ def test_probes_follow_the_world_through_its_life(
     assert last[of("dynamo_mpi_phase", phase="exit", **where)] == 1
     assert file.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in tmp_path.glob(".world.prom*")] == []
-    lines = told(supervisor)
+    lines = notifications(supervisor)
     assert lines[lines.index("STATUS=mpi_init") + 1].startswith("EXTEND_TIMEOUT_USEC="), lines
     order = [
         lines.index(line)
@@ -216,7 +216,7 @@ def test_a_rank_that_dies_takes_the_answers_along(start: Start, tmp_path: Path, 
     assert last[of("dynamo_mpi_failures_total", cause="disconnect", **where)] == 1
     assert last[of("dynamo_mpi_ready", **where)] == 0
     assert last[of("dynamo_mpi_exit_code", **where)] > 0
-    assert any(line.startswith("STATUS=failed: error in serve: rank ") for line in told(supervisor))
+    assert any(line.startswith("STATUS=failed: error in serve: rank ") for line in notifications(supervisor))
 
 
 def test_a_held_interpreter_is_alive_until_it_is_known_to_be_stuck(start: Start) -> None:
@@ -265,7 +265,7 @@ def test_the_childs_own_answers_are_behind_ours(start: Start, supervisor: socket
     worker.ready()
     body = eventually_answers(200, port, "/health")
     assert body["endpoints"]["generate"] == "ready"
-    eventually(lambda: of("dynamo_mpi_ranks") in metrics(port), "what rank 0 knows of all ranks is told")
+    eventually(lambda: of("dynamo_mpi_ranks") in metrics(port), "what rank 0 knows of all ranks is published")
     names = {name for name, _ in metrics(port)}
     assert {"dynamo_mpi_ready", "dynamo_component_inflight_requests"} <= names
     words = subprocess.run(["pgrep", "-P", str(worker.rank_zero()), "-f", "dynamo.trtllm --model"], capture_output=True)
@@ -278,4 +278,4 @@ def test_the_childs_own_answers_are_behind_ours(start: Start, supervisor: socket
     os.kill(worker.rank_zero(), signal.SIGTERM)
     assert worker.wait() == 0, worker.text()
     eventually(lambda: is_free(port), "nothing is left", 5)
-    assert "READY=1" in told(supervisor)
+    assert "READY=1" in notifications(supervisor)

@@ -103,7 +103,7 @@ def test_while_it_serves(case: Case, start: Start, etcd: EtcdServer) -> None:
     assert worker.text().count(case.says) == 1, worker.text()
     assert "exit: done" in worker.text()
     assert ("which goes for all ranks" in worker.text()) is (case.to == "n"), (
-        "whom rank 0 knows of itself, nobody tells"
+        "what rank 0 knows itself is not sent to it"
     )
     assert_nothing_is_left(worker, etcd)
 
@@ -234,7 +234,7 @@ def test_a_container_stops_within_its_grace(
     }[what]
     environment = mpi_environment({"ETCD_ENDPOINTS": etcd.url, "ETCD_LEASE_TTL": "3", "DYN_LOG": "error"})
     with MarkedCommand(tmp_path, (*CONTAINER, *words), {} if what == "local" else environment) as container:
-        container.until_said("serving until" if what == "local" else "ready: ")
+        container.wait_for_text("serving until" if what == "local" else "ready: ")
         pid = container.process.pid
         (init,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         begin = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of the job's time as a reason to drain: both kinds of worker are told of it as Slurm tells it, by a variable or by SIGUSR2."""
+"""The end of the job's time as a reason to drain: both kinds of worker learn of it as Slurm announces it, by a variable or by SIGUSR2."""
 
 from __future__ import annotations
 

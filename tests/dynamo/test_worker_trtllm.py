@@ -89,14 +89,14 @@ def reports(worker: RunningWorker) -> list[str]:
 
 
 def gone_after(pid: int, number: signal.Signals) -> bool:
-    """Signal a process, and tell whether it was there no longer."""
+    """Signal a process, and return whether it was there no longer."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
     return ended(pid)
 
 
 def ends_promptly(worker: RunningWorker, fault: str, seconds: float = PROMPT_SECONDS) -> int:
-    """Wait until the fault is there, and return the exit code, which has to follow soon."""
+    """Wait until the fault is there, and return the exit code, which must follow soon."""
     eventually(lambda: fault in worker.text(), fault)
     begin = time.monotonic()
     code = worker.wait()
@@ -105,7 +105,7 @@ def ends_promptly(worker: RunningWorker, fault: str, seconds: float = PROMPT_SEC
 
 
 def ended(pid: int) -> bool:
-    """Tell whether a process is gone, or nobody has fetched its exit code yet."""
+    """Return whether a process is gone, or its exit code isn't fetched yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def test_answers_drains_and_ends_with_zero(
     assert f"rank2 run mgmn worker node with mpi_world_size: {RANKS} ..." in text
     assert f"rank0 run mgmn leader node with mpi_world_size: {RANKS} ..." in text
     assert f"gpus_per_node {RANKS}" in text
-    # what the engine does on a rank isn't seen, so nobody is said to be through
+    # what the engine does on a rank isn't seen, so no rank is shown as done
     assert re.search(
         rf"rank 0 on \S+: load \d+ s, {RANKS} ranks have read [\d.]+ MB, the least \S+ \(rank \d\): [\d.]+ MB\n", text
     )
@@ -257,7 +257,7 @@ def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int,
     ],
     ids=["all-0", "all-4", "0-0", "0-4"],
 )
-def test_a_failed_start_is_told_by_its_cause(who: str, end_seconds: int, ranks: str, start: Start) -> None:
+def test_a_failed_start_is_reported_by_its_cause(who: str, end_seconds: int, ranks: str, start: Start) -> None:
     """The real worker logs it and returns; the child gets it as the cause of another error, and takes its time to end."""
     worker = start(STANDIN_TRTLLM_FAULT=f"fail:{who}", STANDIN_TRTLLM_END_SECONDS=str(end_seconds))
     assert ends_promptly(worker, "stand-in fault: now", 2 * PROMPT_SECONDS + end_seconds) == 70, worker.text()
@@ -371,7 +371,7 @@ def test_the_child_dies_with_rank_zero(start: Start) -> None:
 
 
 @pytest.mark.full
-def test_over_nats_a_worker_is_told_from_one_that_was_there(start: Start, etcd: EtcdServer) -> None:
+def test_over_nats_a_worker_is_distinguished_from_one_that_was_there(start: Start, etcd: EtcdServer) -> None:
     with running_nats() as nats:
         plane = {"NATS_SERVER": nats, "DYN_REQUEST_PLANE": "nats"}
         first = start(ranks=1, **plane)
@@ -402,7 +402,7 @@ def test_bad_flags_of_dynamo_are_its_own_to_refuse(start: Start) -> None:
 
 
 def is_rank_zero(pid: int) -> bool:
-    """Tell whether a process is rank 0 itself; one that has ended meanwhile isn't."""
+    """Return whether a process is rank 0 itself; one that has ended meanwhile isn't."""
     try:
         words, variables = (
             (Path("/proc") / str(pid) / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")

@@ -139,7 +139,7 @@ def test_an_aggregated_worker_has_one_and_no_peers(etcd: EtcdServer, start: Star
 @pytest.mark.landing("prefill-decode-reference", "decode-prefill-trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 @pytest.mark.parametrize(("first", "second"), [("prefill", "decode"), ("decode", "prefill")])
-def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
+def test_a_second_worker_that_does_not_fit_is_refused_before_it_loads(
     engine: str, first: str, second: str, etcd: EtcdServer, start: Start
 ) -> None:
     earlier = start(first, engine=engine)
@@ -192,7 +192,7 @@ def test_of_two_that_start_together_one_serves(etcd: EtcdServer, start: Start) -
     assert etcd.worlds() == []
 
 
-def test_a_peer_that_fits_is_named_and_its_comings_and_goings_are_told(etcd: EtcdServer, start: Start) -> None:
+def test_a_peer_that_fits_is_named_when_it_appears_and_leaves(etcd: EtcdServer, start: Start) -> None:
     prefill = start("prefill", ETCD_LEASE_TTL="3")
     prefill.ready()
     decode = start("decode", ETCD_LEASE_TTL="3")
@@ -211,7 +211,7 @@ def test_the_check_can_be_left_out_and_is_not_silent_then(etcd: EtcdServer, star
     decode = start("decode", *BLOCKS, "--no-peer-check")
     decode.ready()
     assert "preflight: does not fit the prefill worker" in decode.text()
-    eventually(lambda: "has appeared, and does not fit: I1" in prefill.text(), "the first one is told")
+    eventually(lambda: "has appeared, and does not fit: I1" in prefill.text(), "the first one reports it")
     for worker in (decode, prefill):
         terminate(worker)
 
@@ -271,7 +271,7 @@ def test_in_an_etcd_that_is_back_empty_no_record_outlives_the_worker(etcd: EtcdS
     worker = start("agg", ETCD_LEASE_TTL="9")
     worker.ready()
     etcd.stop()
-    eventually(lambda: "can't be kept for now" in worker.text(), "it is told", 20)
+    eventually(lambda: "can't be kept for now" in worker.text(), "it is reported", 20)
     shutil.rmtree(etcd.service.data)
     etcd.start()
     assert worker.wait() == 75, worker.text()

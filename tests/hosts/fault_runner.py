@@ -175,7 +175,7 @@ class HostsFaults:
             case: what happens.
             folder: for files, one that the hosts see.
             ranks_per_host: how many each.
-            agents: hosts whose node agent is killed and has to be replaced before, once streams are open.
+            agents: hosts whose node agent is killed and must be replaced before, once streams are open.
             with_agent: the rank's host loses its node agent in the same moment.
         """
         hosts = self.hosts

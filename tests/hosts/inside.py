@@ -81,7 +81,7 @@ def anchor(settings: HostsSettings) -> NoReturn:
         wait_until_ready(settings, name)
     print(READY, flush=True)
     os.close(1)
-    # nobody waits for the processes that serve, nor for what hosts leave
+    # no process waits for those that serve, nor for what hosts leave
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     del started
     while True:

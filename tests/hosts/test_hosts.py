@@ -46,7 +46,7 @@ time.sleep(1000)
 
 
 def reaches(hosts: Hosts, name: str, network: int = 0) -> bool:
-    """Tell whether h1 reaches h2 by a name or an address, where h2 listens at its address in a network."""
+    """Return whether h1 reaches h2 by a name or an address, where h2 listens at its address in a network."""
     with hosts.popen("h2", [sys.executable, "-c", LISTEN, hosts.address("h2", network)]) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "listens\n"
@@ -68,7 +68,7 @@ def test_each_host_has_its_own_name_memory_and_temporary_folder(hosts: Hosts, tm
 
 
 @pytest.mark.full
-def test_hosts_reach_each_other_by_name_and_nobody_else(hosts: Hosts) -> None:
+def test_hosts_reach_each_other_by_name_and_no_other_host(hosts: Hosts) -> None:
     assert reaches(hosts, "h2")
     assert hosts.run("h1", ["ip", "route", "show", "default"]).stdout == ""
 

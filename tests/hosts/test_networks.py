@@ -188,7 +188,7 @@ def test_of_two_networks_one_is_chosen_and_named(closed_twice: Closed) -> None:
 
 
 def test_the_user_chooses_another_network(closed_twice: Closed) -> None:
-    # etcd is in the first one, and so is whoever asks this worker
+    # etcd is in the first one, and so are the clients of this worker
     said = serves(closed_twice, ("--liveness-network", "10.213.79.0/24"), closed_twice.hosts.address(FIRST))
     assert "network: 10.213.79.0/24, rank 0 at 10.213.79.1" in said
 

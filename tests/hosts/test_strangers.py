@@ -60,7 +60,7 @@ for _ in range(int(sys.argv[1])):
 
 
 class Strangers:
-    """Another user's process on the third host; it is told each port of the others as soon as it is open.
+    """Another user's process on the third host; it gets each port of the others as soon as it is open.
 
     Args:
         hosts: running.

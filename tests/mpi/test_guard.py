@@ -24,7 +24,7 @@ def test_a_world_that_comes_through_ends_with_zero(mpirun: Mpirun) -> None:
 
 @pytest.mark.landing("2")
 @pytest.mark.parametrize("victim", [0, 2])
-def test_an_error_is_told_with_its_rank(mpirun: Mpirun, victim: int) -> None:
+def test_an_error_is_reported_with_its_rank(mpirun: Mpirun, victim: int) -> None:
     done = mpirun(3, PROGRAM, "raise", str(victim))
     assert done.returncode == 70, done.stderr
     assert done.stderr.count("error in environment: ") == 1
@@ -33,7 +33,7 @@ def test_an_error_is_told_with_its_rank(mpirun: Mpirun, victim: int) -> None:
     assert "cleaned up" in done.stderr
 
 
-def test_a_deadline_tells_where_every_rank_stands(mpirun: Mpirun) -> None:
+def test_a_missed_deadline_reports_the_phase_of_every_rank(mpirun: Mpirun) -> None:
     done = mpirun(3, PROGRAM, "hang", "1")
     assert done.returncode == 124, done.stderr
     assert "the barrier was not passed after 1 s" in done.stderr
@@ -43,14 +43,14 @@ def test_a_deadline_tells_where_every_rank_stands(mpirun: Mpirun) -> None:
     assert hung < stacks.index("in wait_for_what_never_comes") < others
 
 
-def test_a_rank_that_can_not_answer_is_told_first(mpirun: Mpirun) -> None:
+def test_a_rank_that_can_not_answer_is_reported_first(mpirun: Mpirun) -> None:
     done = mpirun(3, PROGRAM, "stop", "1")
     assert done.returncode == 124, done.stderr
     _, _, stacks = done.stderr.partition("where the ranks are:\n")
     assert stacks.startswith("rank 1 on here: no answer"), done.stderr
 
 
-def test_a_death_is_told_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp_path: Path) -> None:
+def test_a_death_is_reported_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp_path: Path) -> None:
     done = mpirun(3, PROGRAM, "kill", "1", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
     assert done.returncode == 137, done.stderr
     assert done.stderr.count("error in environment: rank 1 on here died: ") == 1
@@ -72,7 +72,7 @@ def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> 
 
 @pytest.mark.landing("1")
 @pytest.mark.parametrize("victim", [0, 1])
-def test_silence_is_told(mpirun: Mpirun, victim: int) -> None:
+def test_silence_is_reported(mpirun: Mpirun, victim: int) -> None:
     done = mpirun(3, PROGRAM, "stop", str(victim), env={"PATIENCE": "30", "HEARTBEAT": "2"})
     assert done.returncode != 0
     assert done.stderr.count(f"rank {victim} on {'here' if victim else ''}") >= 1

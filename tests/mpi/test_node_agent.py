@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What befalls a rank before the verdict, while the others sit in MPI's start or in the preflight: seen, told once, and the world ends."""
+"""A rank's failure before the verdict, while the others are in MPI's start or in the preflight: seen, reported once, and the world ends."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_is_seen_reported_once_and_ends_all(
     # counted from the start of all
     assert seconds < 2 * usual_seconds + PROMPT_SECONDS + (HEARTBEAT if what in ("stop", "hang") else 0)
     # mpirun mixes a zero into what it passes on
-    told = [line.lstrip("\0") for line in done.stderr.splitlines() if ": error in " in line]
-    assert len(told) == 1, done.stderr
-    assert told[0].startswith(f"dynamo_mpi: rank {rank} on {HOST}: error in {phase}: "), told
+    errors = [line.lstrip("\0") for line in done.stderr.splitlines() if ": error in " in line]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"dynamo_mpi: rank {rank} on {HOST}: error in {phase}: "), errors
     logged = (failures.with_name("logs") / f"worker-rank-{rank}.log").read_text()
-    assert logged.count(told[0].removesuffix("\n")) == 1, logged
+    assert logged.count(errors[0].removesuffix("\n")) == 1, logged
     failure = failure_of(failures, rank)
     assert (failure["rank"], failure["host"], failure["phase"]) == (rank, HOST, phase)
     assert failure["exit_code"] == (124 if what in ("stop", "hang") else 70)

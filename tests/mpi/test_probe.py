@@ -26,7 +26,7 @@ def fault(text: str) -> dict[str, str]:
     return {"DYN_MPI_FAULT": text, "DYN_MPI_ALLOW_FAULTS": "1"}
 
 
-def told(done: Done) -> dict[str, Any]:
+def results_of(done: Done) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return content
 
@@ -34,7 +34,7 @@ def told(done: Done) -> dict[str, Any]:
 def test_ranks_measure_what_lies_between_them(mpirun: Mpirun) -> None:
     done = mpirun(4, PROGRAM, FOUR, "strict")
     assert done.returncode == 0, done.stderr
-    fabric = told(done)["figures"]["fabric"]
+    fabric = results_of(done)["figures"]["fabric"]
     assert fabric["over"] == "mpi"
     assert fabric["library"].startswith("Open MPI")
     assert list(fabric["kinds"]) == ["exchange near", "exchange far", "all-reduce tp", "all-to-all tp"]
@@ -42,10 +42,10 @@ def test_ranks_measure_what_lies_between_them(mpirun: Mpirun) -> None:
         slowest, middle = kind["gbps"]
         assert 0 < slowest <= middle < 1000
         assert 0 < kind["us"][0] <= kind["us"][1]
-    assert told(done)["text"].startswith("probe: ")
+    assert results_of(done)["text"].startswith("probe: ")
 
 
-def test_ranks_hear_whoever_calls_and_miss_who_does_not(mpirun: Mpirun) -> None:
+def test_ranks_receive_from_callers_and_miss_the_silent_one(mpirun: Mpirun) -> None:
     done = mpirun(3, PROGRAM.with_name("late_calls.py"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[[(2,), ()], [(2,), ()], [(0, 1)]]"
@@ -55,7 +55,7 @@ def test_ranks_hear_whoever_calls_and_miss_who_does_not(mpirun: Mpirun) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun, rank: int) -> None:
     done = mpirun(
-        3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:hardware_check:corrupt")
+        3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "report", env=fault(f"rank{rank}:hardware_check:corrupt")
     )
     assert done.returncode == 75, done.stderr
     assert f"error N1: data are wrong when they arrive: rank {rank} on " in done.stderr
@@ -64,7 +64,7 @@ def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun
 
 def test_a_rank_in_no_pair_is_named_by_the_collectives(mpirun: Mpirun) -> None:
     plan = "fabric|5.0|mpi|node=0,1|tp=0,1,2"
-    done = mpirun(3, PROGRAM, plan, "told", env=fault("rank2:hardware_check:corrupt"))
+    done = mpirun(3, PROGRAM, plan, "report", env=fault("rank2:hardware_check:corrupt"))
     assert done.returncode == 75, done.stderr
     assert "error N1: data are wrong when they arrive: rank 2 on " in done.stderr
 
@@ -75,7 +75,7 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
         4,
         PROGRAM,
         FOUR.replace("5.0", "1.0"),
-        "told",
+        "report",
         env={**fault("rank2:hardware_check:stop"), "PROBE_MARK": str(tmp_path)},
     )
     assert done.returncode == 124, done.stderr
@@ -102,13 +102,13 @@ def test_a_rank_that_is_late_is_no_finding(mpirun: Mpirun) -> None:
         3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "strict", env=fault("rank1:hardware_check:slow=0.5")
     )
     assert done.returncode == 0, done.stderr
-    assert told(done)["findings"] == []
+    assert results_of(done)["findings"] == []
 
 
-def test_nccl_that_is_not_there_is_told_and_no_reason_to_stop(mpirun: Mpirun) -> None:
-    done = mpirun(2, PROGRAM, "fabric|5.0|nccl|node=0,1|tp=0,1", "told")
+def test_nccl_that_is_not_there_is_reported_and_no_reason_to_stop(mpirun: Mpirun) -> None:
+    done = mpirun(2, PROGRAM, "fabric|5.0|nccl|node=0,1|tp=0,1", "report")
     assert done.returncode == 0, done.stderr
-    (finding,) = told(done)["findings"]
+    (finding,) = results_of(done)["findings"]
     assert (finding["rule"], finding["severity"]) == ("N7", "warning")
     assert "ranks 0-1 on " in finding["message"]
     assert "the CUDA driver can't be loaded: libcuda.so.1" in finding["found"]
@@ -137,7 +137,7 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
     environment = {"PYNVML_STANDIN": str(node), "PYTHONPATH": path}
     done = mpirun(3, PROGRAM, "gpu|2.0|nccl|node=0,1,2", "strict", env=environment)
     assert done.returncode == 75, done.stderr
-    assert [(one["rule"], one["message"].partition(": ")[2]) for one in told(done)["findings"]] == [
+    assert [(one["rule"], one["message"].partition(": ")[2]) for one in results_of(done)["findings"]] == [
         ("V9", f"rank 1 on {host(done)}"),
         ("V10", f"rank 1 on {host(done)}"),
         ("V14", f"rank 2 on {host(done)}"),
@@ -147,7 +147,7 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
 @pytest.mark.serial
 @pytest.mark.landing("0-75")
 @pytest.mark.parametrize(("weights", "code"), [(0, 75), (70, 64)])
-def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
+def test_memory_that_is_not_given_back_has_the_code_of_who_must_act(
     weights: int, code: int, mpirun: Mpirun, tmp_path: Path
 ) -> None:
     """Somebody else's process is gone on other nodes; weights that don't fit, with what is free on these, are the preflight's to refuse."""
@@ -163,7 +163,7 @@ def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
     assert done.returncode == code, done.stderr
     assert "error V2: " in done.stderr
     assert "pid 42 holds 19.0 GiB" in done.stderr
-    assert told(done)["figures"]["gpu"]["waited"] >= 0.4
+    assert results_of(done)["figures"]["gpu"]["waited"] >= 0.4
 
 
 def host(done: Done) -> str:

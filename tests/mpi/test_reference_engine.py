@@ -19,7 +19,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").
 
 # ranks on fewer cores: as a worker sets it
 UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1"}
-"""Open MPI binds one or two ranks to a core each, which leaves the others to nobody."""
+"""Open MPI binds one or two ranks to a core each, which leaves the others unused."""
 
 Generate = Callable[..., dict[str, Any]]
 

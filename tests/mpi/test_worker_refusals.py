@@ -215,12 +215,12 @@ def test_singletons_under_srun_are_refused_by_rank_0_alone() -> None:
     assert (second.returncode, second.stdout, second.stderr) == (64, "", "")
 
 
-def test_a_batch_script_that_forgot_srun_is_told() -> None:
+def test_a_batch_script_that_forgot_srun_is_reported() -> None:
     assert_refused(alone(ranks_of("sbatch_shell")[0]), 64, "without srun", "srun --mpi=pmix -n 4")
 
 
 def test_a_rank_without_a_launcher_leaves_no_shared_memory() -> None:
-    """Nobody removes its segment but itself."""
+    """Only the rank itself removes its segment."""
     command = [sys.executable, "-c", _LEFT_BY_A_LONE_RANK]
     done = run_command(command, env=mpi_environment(), timeout=60)
     assert (done.returncode, done.stdout) == (0, "[]\n")

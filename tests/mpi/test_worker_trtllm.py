@@ -20,7 +20,7 @@ pytestmark = pytest.mark.mpi
 GIB = 2**30
 TRANSCEIVER = ("--trtllm.cache_transceiver_config.backend", "UCX")
 TRTLLM = ("--engine", "trtllm", "--preflight-only")
-# what this host would be told of otherwise
+# what this host would get findings for otherwise
 QUIET = {"OMP_NUM_THREADS": "1", "PRTE_MCA_hwloc_default_binding_policy": "none"}
 
 
@@ -73,7 +73,7 @@ def test_a_role_of_a_pair_is_tensorrt_llms_also_where_that_is_missing(mpirun: Mp
     assert_refused(done, 64, "error V1: no rank sees a GPU", "error D10: TensorRT-LLM isn't installed")
 
 
-def test_a_host_without_gpus_and_without_the_engine_is_told_both_at_once(mpirun: Mpirun, model: Path) -> None:
+def test_a_host_without_gpus_and_without_the_engine_is_reported_both_at_once(mpirun: Mpirun, model: Path) -> None:
     done = mpirun.worker(2, "--model", str(model), "--pp-size", "2", *TRTLLM, env=QUIET)
     assert_refused(
         done, 64, "error V1: no rank sees a GPU", "--allow-no-gpu", "error D10: TensorRT-LLM isn't installed"

@@ -29,7 +29,7 @@ def command(*argv: str | Path) -> None:
 
 
 def become_host(name: str, hosts: Path) -> None:
-    """Take on a name, an /etc/hosts, and a /dev/shm of its own, which Open MPI needs to tell hosts apart.
+    """Take on a name, an /etc/hosts, and a /dev/shm of its own, which Open MPI needs to distinguish hosts.
 
     Args:
         name: the host's.
@@ -42,7 +42,7 @@ def become_host(name: str, hosts: Path) -> None:
 
 
 def keep_names_apart() -> None:
-    """Give the names of network namespaces a folder of their own, so that they end with the caller's and collide with nobody's."""
+    """Give the names of network namespaces a folder of their own, so that they end with the caller's and collide with no other's."""
     Path("/run/netns").mkdir(parents=True, exist_ok=True)
     command("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
 

@@ -75,7 +75,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': '[1-' is no further host"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(
+def test_a_mistake_is_reported_before_anything_runs(
     words: tuple[str, ...], environment: dict[str, str], needle: str
 ) -> None:
     variables = {"PATH": f"{STANDINS}:{os.environ['PATH']}", "PYTHON": sys.executable, "MODEL_PATH": "/m"}

@@ -41,7 +41,7 @@ def no_larger_files_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_an_interpreter_that_is_not_there_is_told() -> None:
+def test_an_interpreter_that_is_not_there_is_reported() -> None:
     code, said = run("stop.sh", PYTHON="/nope/python3")
     assert (code, "PYTHON=/path/to/python3" in said) == (64, True), said
 

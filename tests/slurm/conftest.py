@@ -32,7 +32,7 @@ MPI_START_CRASHES = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-    """Run a test once more whose MPI crashed in its own start, and for nothing else; say so."""
+    """Run a test once more whose MPI crashed in its own start, and for nothing else; log it."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
     if any(report.failed and has_crashed_in_mpis_start(report.longreprtext) for report in reports):

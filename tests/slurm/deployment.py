@@ -54,7 +54,7 @@ class Deployment:
         """Return what salloc and the launcher have printed."""
         return self.log.read_text(errors="replace")
 
-    def says(self, words: str, seconds: float = READY_SECONDS) -> None:
+    def wait_for_text(self, words: str, seconds: float = READY_SECONDS) -> None:
         """Wait until ``words`` are in the output."""
         end = time.monotonic() + seconds
         while words not in self.text() and self.process.poll() is None and time.monotonic() < end:
@@ -78,7 +78,7 @@ class Deployment:
         return self.slurm.exec("squeue", "--noheader", "--format=%A", f"--name={self.name}").stdout.strip()
 
     def steps(self) -> dict[str, str]:
-        """Return the nodes of the job's steps by their names, without what tells deployments apart."""
+        """Return the nodes of the job's steps by their names, without what distinguishes deployments."""
         text = self.slurm.exec("squeue", "--steps", "--noheader", f"--jobs={self.job}", "--format=%j|%N").stdout
         named = (line.partition("|") for line in text.splitlines())
         return {name.split("-", 2)[2]: nodes for name, _, nodes in named if name.startswith("dynmpi-")}

@@ -70,7 +70,7 @@ class SrunFaults:
         Args:
             case: what happens.
             folder: for files.
-            agents: nodes whose agent is killed and has to be replaced before, once streams are open.
+            agents: nodes whose agent is killed and must be replaced before, once streams are open.
         """
         slurm = self.stack.slurm
         # its temporary folder's name also marks all that it starts

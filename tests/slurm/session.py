@@ -140,7 +140,7 @@ class SlurmSession:
             time.sleep(0.1)
 
     def kill_node(self, node: str) -> None:
-        """Power a node off; Slurm is not told."""
+        """Power a node off; Slurm gets no notice."""
         self.cluster.kill_node(node)
 
     def start_node(self, node: str) -> None:
@@ -160,7 +160,7 @@ class SlurmSession:
 
 
 def skip_or_fail(reason: str) -> NoReturn:
-    """Skip the test, or let it fail where DYN_MPI_REQUIRE_SLURM=1 says that everything has to be there, as in CI."""
+    """Skip the test, or let it fail where DYN_MPI_REQUIRE_SLURM=1 says that everything must be there, as in CI."""
     if os.environ.get(REQUIRE) == "1":
         pytest.fail(f"{REQUIRE}=1, but {reason}", pytrace=False)
     pytest.skip(reason)

@@ -31,7 +31,7 @@ def slow_node(slurm: SlurmSession, node: str, rate: str) -> Iterator[None]:
 
 @contextmanager
 def lossy_link(slurm: SlurmSession, one: str, other: str, share: float) -> Iterator[None]:
-    """Lose a share of the packets that two nodes send each other; 1 is a cut that neither end is told of."""
+    """Lose a share of the packets that two nodes send each other; 1 is a cut that neither end gets notice of."""
     try:
         for sender, receiver in ((one, other), (other, one)):
             # where it arrives: what is dropped where it leaves, the sender's TCP would know

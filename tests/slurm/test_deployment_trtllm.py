@@ -64,7 +64,7 @@ def deployment(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator
 
 @pytest.mark.full
 def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> None:
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     assert deployment.steps() == {"services": "n1", "prefill-0": "n[1-2]", "decode-0": "n[3-4]"}
     for name, node in (("prefill", "n1"), ("decode", "n3")):
         (child,) = deployment.pids_of(node, "dynamo.trtllm")

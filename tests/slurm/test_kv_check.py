@@ -47,12 +47,12 @@ def test_the_workers_start_after_a_check_of_all_pairs(
     slurm: SlurmSession, tmp_path: Path, model_dir: Path, deployments: list[Deployment]
 ) -> None:
     deployment = begin(slurm, tmp_path, model_dir, deployments)
-    deployment.says("prefill-0: 1 rank on n1")
+    deployment.wait_for_text("prefill-0: 1 rank on n1")
     said = deployment.text()
     place = said.index("dynamo_mpi: rank 0 on n1: kv check: 4 pairs, slowest ")
     assert "over tcp (tcp/eth0); " in said[place:]
     assert place < said.index("services on n1")
-    deployment.says("prefill-0: ready")
+    deployment.wait_for_text("prefill-0: ready")
     # nothing of it is left beside the workers
     assert not any("checks.kv" in " ".join(line) for line in deployment.left())
     os.kill(deployment.launcher(), signal.SIGINT)

@@ -58,7 +58,7 @@ def test_the_users_options_and_variables_reach_the_ranks(launch: Launch, slurm: 
         OMP_NUM_THREADS="2",
         RANK="77",
     )
-    deployment.says("ready: smollm2. Try:")
+    deployment.wait_for_text("ready: smollm2. Try:")
     for number, node in enumerate(("n1", "n2")):
         found = environment_of(deployment, node)
         assert {name: found[name] for name in ("SITE", "OMP_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle", "RANK")} == {

@@ -28,7 +28,7 @@ from .session import Argument, SlurmSession
 from .stack import OUR_MODULES, PROGRAMS, WORKER
 
 pytestmark = pytest.mark.slurm
-# also tells whether MPI was started
+# also shows whether MPI was started
 WORKER_AND_ITS_MPI = (sys.executable, str(PROGRAMS / "worker_and_its_mpi.py"))
 # nodes are named: those of a job that has just ended may still be completing, and Slurm would choose, or wait for, others
 TWO_NODES = ("-N2", "--nodelist=n1,n2", "-n2")
@@ -80,8 +80,8 @@ class Refusal(NamedTuple):
         mpi: the library that mpi4py uses.
         srun: srun's words.
         flags: the worker's, over --preflight-only.
-        code: what srun has to exit with.
-        words: patterns that the report has to match, each once.
+        code: what srun must exit with.
+        words: patterns that the report must match, each once.
         mpi_started: whether the ranks get as far as MPI_Init.
     """
 
@@ -119,7 +119,7 @@ REFUSALS = {
     "pmix_mpich": Refusal("mpich", ("--mpi=pmix", *TWO_NODES), (), USAGE, NEEDS_PMI2),
     "unequal": Refusal("debian", ("--mpi=pmix", *TWO_NODES[:2], "-n3"), TP_3, USAGE, UNEQUAL),
     "cyclic": Refusal("debian", ("--mpi=pmix", "--distribution=cyclic", *TWO_BY_TWO), (), USAGE, CYCLIC),
-    # PMI2 doesn't tell the ranks before MPI runs
+    # PMI2 doesn't give the ranks before MPI runs
     "cyclic_mpich": Refusal(
         "mpich", ("--mpi=pmi2", "--distribution=cyclic", *TWO_BY_TWO), (), USAGE, CYCLIC_MPICH, True
     ),
@@ -262,7 +262,7 @@ def test_a_model_that_one_node_lacks(slurm: SlurmSession, holder: str, words: tu
 @pytest.mark.landing("kill")
 @pytest.mark.parametrize("options", [(), (KILL,)], ids=["plain", "kill"])
 def test_without_etcd_nothing_is_loaded(slurm: SlurmSession, model: Path, options: tuple[str, ...]) -> None:
-    # nobody listens on a port of the login node that its daemons don't have
+    # no process but its daemons listens on a port of the login node
     environment = {**library(slurm, "debian"), "ETCD_ENDPOINTS": f"http://{slurm.addresses[LOGIN]}:9"}
     begin = time.monotonic()
     done = slurm.srun("--mpi=pmix", *options, *THREE_NODES, *WORKER, "--model", model, *TP_3, env=environment)

@@ -60,7 +60,7 @@ def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slu
     node = slurm.nodes[rank]
     begin = time.monotonic()
     slurm.switch_cable(node, on=False)
-    worker.says(f"error in serve: rank {rank} on {node} is lost: its host doesn't answer", REPORT_SECONDS)
+    worker.wait_for_text(f"error in serve: rank {rank} on {node} is lost: its host doesn't answer", REPORT_SECONDS)
     eventually(lambda: stack.keys() == [], "the keys are gone", 3)
     # nothing reaches the ranks that are cut off, so these see for themselves
     eventually(lambda: node not in worker.ranks(), "no rank is left there", LEAVE_SECONDS)
@@ -82,7 +82,7 @@ def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slu
 def test_rank_0_cut_off_ends_both_sides(worker: SlurmWorker, slurm: SlurmSession) -> None:
     slurm.switch_cable(slurm.nodes[0], on=False)
     # said for it by the node agent of another node
-    worker.says("rank 0 on n1: error in serve: is lost: its host doesn't answer", REPORT_SECONDS)
+    worker.wait_for_text("rank 0 on n1: error in serve: is lost: its host doesn't answer", REPORT_SECONDS)
     eventually(lambda: worker.ranks() == {}, "no rank is left on either side", LEAVE_SECONDS)
     code = worker.wait()
     print(f"code {code}\n{worker.text()}")
@@ -95,7 +95,7 @@ def test_a_node_that_is_powered_off_is_lost(worker: SlurmWorker, slurm: SlurmSes
     node = slurm.nodes[2]
     begin = time.monotonic()
     slurm.kill_node(node)
-    worker.says(f"error in serve: rank 2 on {node} is lost: its host doesn't answer", REPORT_SECONDS)
+    worker.wait_for_text(f"error in serve: rank 2 on {node} is lost: its host doesn't answer", REPORT_SECONDS)
     eventually(lambda: stack.keys() == [], "the keys are gone", 3)
     code = worker.wait()
     print(f"srun {time.monotonic() - begin:.1f} s, code {code}\n{worker.text()}")

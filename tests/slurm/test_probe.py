@@ -53,7 +53,7 @@ class Probed:
         folder: Path,
         bad: AbstractContextManager[None] | None = None,
         seconds: float = SECONDS,
-        strict: str = "told",
+        strict: str = "report",
     ) -> None:
         plan = f"fabric|{seconds}|mpi|node=0;1;2;3|tp=0,1,2,3"
         placed = (f"--nodes={len(NODES)}", f"--nodelist={','.join(NODES)}", "--ntasks-per-node=1")
@@ -75,14 +75,14 @@ class Probed:
         print(f"{self.took:.1f} s\n{self.out}\n{self.err}")
 
     @property
-    def told(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """What rank 0 has found."""
         content: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
         return content
 
     @property
     def findings(self) -> list[tuple[str, str]]:
-        return [(finding["rule"], finding["message"]) for finding in self.told["findings"]]
+        return [(finding["rule"], finding["message"]) for finding in self.results["findings"]]
 
 
 @pytest.mark.full
@@ -90,7 +90,7 @@ def test_links_that_are_alike_are_no_finding(slurm: SlurmSession, tmp_path: Path
     probed = Probed(slurm, tmp_path)
     assert probed.code == 0
     assert probed.findings == []
-    kinds = probed.told["figures"]["fabric"]["kinds"]
+    kinds = probed.results["figures"]["fabric"]["kinds"]
     assert list(kinds) == ["exchange far", "all-reduce tp", "all-to-all tp"]
     assert all(min(kind["gbps"]) > 0 and min(kind["us"]) > 0 for kind in kinds.values())
 

@@ -38,7 +38,7 @@ def test_the_deployment_of_the_first_pages(slurm: SlurmSession, tmp_path: Path) 
     script = ["bash", "-c", "\n".join([f"cd {shlex.quote(str(checkout))}", *typed[:-1], f"exec {typed[-1]}"])]
     deployment = Deployment(slurm, tmp_path, script, environment)
     try:
-        deployment.says("ready: smollm2. Try:")
+        deployment.wait_for_text("ready: smollm2. Try:")
         assert "prefill-0: 6 ranks on n1,n2" in deployment.text()
         assert "decode-0: 6 ranks on n3,n4" in deployment.text()
         assert answer(deployment) == "The capital of France is Paris."

@@ -140,7 +140,7 @@ def test_one_ctrl_c_asks_srun_for_its_state_only(start: Callable[..., SlurmWorke
     worker.ready()
     ranks = worker.ranks()
     worker.process.send_signal(INT)
-    worker.says("interrupt (one more within 1 sec to abort)")
+    worker.wait_for_text("interrupt (one more within 1 sec to abort)")
     time.sleep(1.5)  # a signal that went on to the ranks would have begun the drain
     assert worker.ranks() == ranks, worker.text()
     assert "drain" not in worker.text()

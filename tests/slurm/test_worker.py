@@ -115,7 +115,7 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
 
 
 def probe(stack: Stack, node: str, port: int, path: str) -> tuple[int, str]:
-    """Ask a node from the login node, as a supervisor elsewhere would; status 0 where nobody answers."""
+    """Ask a node from the login node, as a supervisor elsewhere would; status 0 without an answer."""
     url = f"http://{stack.slurm.addresses[node]}:{port}{path}"
     status, _, body = stack.slurm.exec(sys.executable, PROGRAMS / "ask_probe.py", url).stdout.partition(" ")
     return int(status), body
@@ -131,7 +131,7 @@ def eventually_answers(stack: Stack, node: str, port: int, path: str, status: in
     return eventually(read, f"{path} of {node} is {status}", 30)[1]
 
 
-def test_each_nodes_probes_tell_of_the_whole_world(start: Start, stack: Stack) -> None:
+def test_each_nodes_probes_report_the_whole_world(start: Start, stack: Stack) -> None:
     first, second, third = stack.slurm.nodes[:3]
     # the same port on every node, and on the last one it is taken
     with stack.slurm.popen(sys.executable, PROGRAMS / "silent_server.py", "0.0.0.0", host=third) as other:  # noqa: S104 - as we do
@@ -162,7 +162,7 @@ def test_scancel_leaves_nothing(plugin: str, start: Start, stack: Stack) -> None
     worker.ready()
     job = worker.job
     assert stack.slurm.exec("scancel", job).returncode == 0
-    # SIGTERM for all, and KillWait is long enough to drain: nobody is killed
+    # SIGTERM for all, and KillWait is long enough to drain: no process is killed
     assert worker.wait() == 0, worker.text()
     assert "drain: deregistered, 0 requests in flight" in worker.text()
     assert worker.ranks() == {}
@@ -195,13 +195,13 @@ def test_its_operator_sees_it_and_ends_it_from_the_login_node(start: Start, stac
 @pytest.mark.landing("pmi2")
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_signal_to_rank_0_alone_ends_all_also_before_it_serves(plugin: str, start: Start, slurm: SlurmSession) -> None:
-    """Under MPICH nobody else tells the others: they'd wait for the verdict for ever."""
+    """Under MPICH nothing else informs the other ranks: they'd wait for the verdict for ever."""
     address = slurm.addresses[LOGIN]
     with slurm.popen(sys.executable, PROGRAMS / "silent_server.py", address) as server:
         assert server.stdout is not None
         etcd = f"http://{address}:{server.stdout.readline().strip()}"
         worker = start(THREE_BY_ONE, plugin, ETCD_ENDPOINTS=etcd, DYN_MPI_PROBE_TIMEOUT="300")
-        worker.says("preflight: ok")
+        worker.wait_for_text("preflight: ok")
         (leader,) = worker.ranks()["n1"]
         os.kill(leader, signal.SIGTERM)
         assert worker.wait() == of_signal(signal.SIGTERM), worker.text()
@@ -228,7 +228,7 @@ def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Sta
 
     # as Slurm says it in a job that it has requeued
     worker = start(TWO_BY_THREE, "pmix", SLURM_RESTART_COUNT="1")
-    worker.says("ready: ")
+    worker.wait_for_text("ready: ")
     ready = worker.ready()
     assert (ready["attempt"], ready["pid"] != old["pid"]) == (2, True)
     # as `--signal=USR2@120` has it done: for the processes of all ranks

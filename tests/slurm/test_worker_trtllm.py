@@ -75,7 +75,7 @@ def test_answers_over_two_nodes_and_drains_on_sigterm(start: Start, stack: Stack
 
 
 @pytest.mark.full
-def test_a_rank_of_the_other_node_that_raises_is_told_with_its_host(start: Start) -> None:
+def test_a_rank_of_the_other_node_that_raises_is_reported_with_its_host(start: Start) -> None:
     worker = start(STANDIN_TRTLLM_FAULT="raise:4")
     assert worker.wait() == 70, worker.text()
     (report,) = re.findall(r"dynamo_mpi: [^\n]*: error[^\n]*", worker.text())

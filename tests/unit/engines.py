@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small engine for tests of what stands around one: its tokens come from a thread, when the test says so."""
+"""A small engine for tests of what stands around one: its tokens come from a thread, when the test asks for them."""
 
 from __future__ import annotations
 

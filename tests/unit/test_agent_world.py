@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which agent reports what: the hub, once all have told what they know; the deputy, where the hub has gone. Real connections on loopback."""
+"""Which agent reports what: the hub, once all have reported what they know; the deputy, without the hub. Real connections on loopback."""
 
 from __future__ import annotations
 

@@ -139,12 +139,12 @@ def test_what_is_offered_passes_every_rule(model: str, nodes: int, gpu: str | No
 
 
 def well(asked: LayoutSpec, other: LayoutSpec) -> None:
-    """What is offered passes; a decode worker offered to another role alone still has to be given a transceiver."""
-    told = check_worker(other)
-    broken = {finding.rule for finding in errors(told.findings)}
+    """What is offered passes; a decode worker offered to another role alone still must be given a transceiver."""
+    checked = check_worker(other)
+    broken = {finding.rule for finding in errors(checked.findings)}
     assert broken <= (set() if other.role == asked.role else {"I6"}), (short_name(other), broken)
-    assert told.ok or other.role != asked.role
-    assert told.memory is None or (told.memory.weights_fit and told.memory.fits is not False)
+    assert checked.ok or other.role != asked.role
+    assert checked.memory is None or (checked.memory.weights_fit and checked.memory.fits is not False)
     assert other.layout.world_size == other.cluster.world_size
     assert (other.cluster.gpu, other.shape) == (asked.cluster.gpu, asked.shape)
 
@@ -187,7 +187,7 @@ def test_where_no_layout_fits_more_gpus_are_offered() -> None:
     # 756 GiB of weights
     [("h200", 1, 1), ("h100", 1, 2), ("l40s", 1, 4), ("l40s", 2, 4), ("l40s", 3, 3), ("l40s", 9, 9)],
 )
-def test_as_few_more_as_there_have_to_be(gpu: str, nodes: int, expected: int) -> None:
+def test_as_few_more_as_are_needed(gpu: str, nodes: int, expected: int) -> None:
     found = suggestions(worker("Llama-3.1-405B", nodes, 8, gpu=gpu, tp_size=8 * nodes))
     assert {other.cluster.nodes for other in found} == {expected}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inside NVIDIA's container nothing has to be installed: a checkout on PYTHONPATH is enough."""
+"""Inside NVIDIA's container nothing needs to be installed: a checkout on PYTHONPATH is enough."""
 
 from __future__ import annotations
 

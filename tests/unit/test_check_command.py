@@ -446,7 +446,7 @@ def test_a_small_worker_on_a_big_node_is_fine(check: Check, monkeypatch: pytest.
     assert "A1" in rules(report, "info")
     assert (report["layout"]["world_size"], report["layout"]["gpus_per_node"], len(report["ranks"])) == (2, 8, 2)
     assert report["groups"]["tp"] == [[0, 1]]
-    # on two nodes all of their GPUs have to be taken
+    # on two nodes all of their GPUs must be taken
     code, report = check.json(*words, "--nodes", "2")
     assert (code, rules(report)) == (78, ["A1"])
     # and more than a node has there are nowhere

@@ -99,7 +99,7 @@ def test_what_is_new_gone_and_different() -> None:
         "differs     speculative_config.decoding_type: one of Near, Far, Farther; the table has one of Near, Far",
         "new value   speculative_config=Farther.depth: int >=0",
         "new variant speculative_config=Farther: decoding_type model",
-        "new check   Farther.validate_model: read it, and see whether a rule has to know it",
+        "new check   Farther.validate_model: read it, and see whether a rule must know it",
     ]
 
 

@@ -162,7 +162,7 @@ def test_a_signal_ends_prefill_then_decode_then_the_services(run: Run, number: s
     assert "cancelling" not in said
 
 
-def test_whoever_makes_the_stop_file_ends_it(run: Run, tmp_path: Path) -> None:
+def test_the_stop_file_ends_it(run: Run, tmp_path: Path) -> None:
     assert run(READY, (tmp_path / "run" / "stop").touch)[0] == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "logs", "ready", "timeline"]
 
@@ -226,7 +226,7 @@ def test_a_kv_check_without_a_report_ends_with_its_code(run: Run) -> None:
     assert (code, "no MPI here" in words, "--kv-check off skips the check" in words) == (64, True, True)
 
 
-def test_services_that_end_are_told_with_their_words(run: Run) -> None:
+def test_services_that_end_are_reported_with_their_output(run: Run) -> None:
     code, said = run(services="echo no etcd here; exit 69")
     assert (code, "no etcd here" in said) == (69, True)
     assert run(services="exit 0")[0] == 69
@@ -265,7 +265,7 @@ def test_before_the_jobs_time_ends_all_is_ended_in_order(run: Run, monkeypatch: 
     assert said.index(READY) < said.index("ending in order") < said.index("ending prefill-0")
 
 
-def test_where_the_time_is_too_short_from_the_start_it_is_only_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_is_too_short_from_the_start_is_only_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 5))
     code, said = run(READY, raise_signal(signal.SIGUSR2))
     assert (code, "ending in order" in said) == (0, False)
@@ -372,13 +372,15 @@ def test_one_that_had_to_be_cancelled_is_taken_out_while_the_others_drain(
     assert sorted(order, key=said.index) == list(order)
 
 
-@pytest.mark.parametrize(("decode", "told"), [(f"{SERVE.split(';')[0]}; sleep 0.5; exit 137", 1), ("exit 137", 0)])
-def test_where_etcd_cannot_be_asked_that_is_told_of_a_worker_that_served(run: Run, decode: str, told: int) -> None:
+@pytest.mark.parametrize(("decode", "expected"), [(f"{SERVE.split(';')[0]}; sleep 0.5; exit 137", 1), ("exit 137", 0)])
+def test_where_etcd_cannot_be_asked_that_is_reported_of_a_worker_that_served(
+    run: Run, decode: str, expected: int
+) -> None:
     with closed_port() as port:
         code, said = run(services=with_etcd(f"http://127.0.0.1:{port}"), max_restarts=1, decode=decode)
     assert code == 137
-    assert said.count("warning: decode-0 may stay registered until its lease ends") == 2 * told
-    assert said.count(f"(http://127.0.0.1:{port}: connection refused)") == 2 * told
+    assert said.count("warning: decode-0 may stay registered until its lease ends") == 2 * expected
+    assert said.count(f"(http://127.0.0.1:{port}: connection refused)") == 2 * expected
 
 
 KILLED = "printf '%s\\n' 'srun: error: n: task 0: Killed' 'srun: launch/slurm: _step_signal: Terminating StepId=1.0'; exit 143"
@@ -392,14 +394,14 @@ def failure_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path: Path) -> None:
+def test_a_death_that_no_rank_is_left_to_report_is_reported(run: Run, tmp_path: Path) -> None:
     with etcd_with_both() as (url, etcd):
         (record,) = etcd.get_prefix("dynamo_mpi/v1/worlds/dynamo/backend/")
         code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; {KILLED}")
         (left,) = etcd.get_prefix("dynamo_mpi/v1/failures/")
     assert (code, said.count(WHO)) == (143, 1)
     failure = FailureRecord.unpack(left.value)
-    # under the name that an heir would take as well
+    # under the name that the next holder would take as well
     assert left.key.rpartition("/")[2] == record.key.rpartition("/")[2]
     assert (failure.launch, failure.attempt, failure.rank, failure.host) == ("decode-0", 1, 0, "n")
     assert (failure.cause, failure.exit_code, failure.phase, failure.error) == ("disconnect", 143, "preflight", WHO)
@@ -459,17 +461,17 @@ def test_where_etcd_cannot_be_asked_a_death_is_said_and_written_all_the_same(run
     assert failure_file(tmp_path / "run" / "failures" / "decode-0")["error"] == WHO
 
 
-def test_a_launcher_that_says_nothing_is_told_as_that(run: Run) -> None:
+def test_a_launcher_that_says_nothing_is_reported_as_that(run: Run) -> None:
     code, said = run(decode="echo last words; exit 14")
     assert (code, "its launcher does not report how they ended" in said) == (14, True)
 
 
-def test_a_launcher_that_was_killed_is_told_as_that(run: Run) -> None:
+def test_a_launcher_that_was_killed_is_reported_as_that(run: Run) -> None:
     code, said = run(decode="kill -9 $$")
-    told = (
+    expected = (
         "decode-0 ended with exit code 137: its launcher was killed by signal 9 (SIGKILL), and its ranks left no report"
     )
-    assert (code, said.count(told)) == (137, 1)
+    assert (code, said.count(expected)) == (137, 1)
 
 
 def test_a_mistake_speaks_for_itself(run: Run, tmp_path: Path) -> None:

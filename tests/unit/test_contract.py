@@ -33,7 +33,7 @@ def contract(
     return contract_of(LayoutSpec(shape, config, Cluster(1, config.world_size), role, release))
 
 
-def told(prefill: Contract, decode: Contract) -> list[str]:
+def finding_ids(prefill: Contract, decode: Contract) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in check_contracts(prefill, decode)]
 
 
@@ -77,7 +77,7 @@ def test_a_hybrid_s_state_is_said() -> None:
     assert (found.kv_heads, found.head_dim, found.state_heads, found.state_dtype) == (2, 256, 32, None)
     said = "kv_cache_config: {mamba_ssm_cache_dtype: bfloat16}"
     assert contract("Qwen3-Next-80B-A3B", said).state_dtype == "bfloat16"
-    # what a model without a state is told of it is nothing
+    # what a model without a state gets of it is nothing
     assert contract(LLAMA, said).state_dtype is None
 
 
@@ -158,7 +158,7 @@ FREE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", OTHER)
-def test_what_has_to_be_the_same(field: str) -> None:
+def test_what_must_be_the_same(field: str) -> None:
     value, rule = OTHER[field]
     other = side(field, value)
     for prefill, decode in ((BASE, other), (other, BASE)):
@@ -170,8 +170,8 @@ def test_what_has_to_be_the_same(field: str) -> None:
 
 @pytest.mark.parametrize("field", FREE)
 def test_what_may_differ(field: str) -> None:
-    assert told(BASE, side(field, FREE[field])) == []
-    assert told(side(field, FREE[field]), BASE) == []
+    assert finding_ids(BASE, side(field, FREE[field])) == []
+    assert finding_ids(side(field, FREE[field]), BASE) == []
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_what_may_differ(field: str) -> None:
         ("state_dtype", "I5", ("float32", "bfloat16")),
     ],
 )
-def test_other_caches_have_to_be_the_same_too(field: str, rule: str, values: tuple[object, object]) -> None:
+def test_other_caches_must_be_the_same_too(field: str, rule: str, values: tuple[object, object]) -> None:
     sides = [side(field, value) for value in values]
-    assert told(*sides) == told(*reversed(sides)) == [f"error {rule}"]
-    assert told(sides[0], sides[0]) == []
+    assert finding_ids(*sides) == finding_ids(*reversed(sides)) == [f"error {rule}"]
+    assert finding_ids(sides[0], sides[0]) == []
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_what_an_engine_chooses_itself_only_warns(field: str, values: tuple[Any,
 def test_what_one_side_does_not_know_is_not_compared(field: str) -> None:
     if field == "tokens_per_block":
         return
-    assert told(BASE, side(field, None)) == []
+    assert finding_ids(BASE, side(field, None)) == []
 
 
 def test_every_field_is_compared_free_or_looked_at() -> None:
@@ -227,13 +227,13 @@ def test_every_field_is_compared_free_or_looked_at() -> None:
 
 def test_context_parallelism_on_both_sides() -> None:
     both = replace(BASE, cp_size=2)
-    assert told(both, both) == ["error I4"]
-    assert told(both, BASE) == []
+    assert finding_ids(both, both) == ["error I4"]
+    assert finding_ids(both, BASE) == []
 
 
 def test_releases_that_differ() -> None:
-    assert told(BASE, replace(BASE, trtllm_version="1.3.0rc21")) == ["warning I1"]
-    assert told(BASE, replace(BASE, trtllm_version=None)) == []
+    assert finding_ids(BASE, replace(BASE, trtllm_version="1.3.0rc21")) == ["warning I1"]
+    assert finding_ids(BASE, replace(BASE, trtllm_version=None)) == []
 
 
 @pytest.mark.parametrize(
@@ -253,19 +253,21 @@ def test_stages_before_slices_hang_in_one_release(
     version: str | None, pp_size: int, tp_size: int, expected: list[str]
 ) -> None:
     decode = replace(BASE, trtllm_version=version, tp_size=tp_size)
-    assert told(replace(decode, pp_size=pp_size), decode) == expected
+    assert finding_ids(replace(decode, pp_size=pp_size), decode) == expected
 
 
 def test_lengths() -> None:
-    assert told(replace(BASE, max_seq_len=8192), BASE) == ["warning I8"]
-    assert told(BASE, replace(BASE, max_seq_len=8192)) == []
+    assert finding_ids(replace(BASE, max_seq_len=8192), BASE) == ["warning I8"]
+    assert finding_ids(BASE, replace(BASE, max_seq_len=8192)) == []
     small = replace(BASE, max_tokens_in_buffer=1024)
-    assert told(small, BASE) == ["warning I8"]
-    assert told(BASE, replace(small, role="decode")) == ["warning I8"]
-    assert told(small, replace(small, role="decode")) == ["warning I8", "warning I8"]
-    assert told(replace(small, max_seq_len=None), BASE) == []
+    assert finding_ids(small, BASE) == ["warning I8"]
+    assert finding_ids(BASE, replace(small, role="decode")) == ["warning I8"]
+    assert finding_ids(small, replace(small, role="decode")) == ["warning I8", "warning I8"]
+    assert finding_ids(replace(small, max_seq_len=None), BASE) == []
     # no longer than the other's own, whatever that is
-    assert told(BASE, replace(BASE, max_seq_len=None)) == told(replace(BASE, max_seq_len=None), BASE) == []
+    assert (
+        finding_ids(BASE, replace(BASE, max_seq_len=None)) == finding_ids(replace(BASE, max_seq_len=None), BASE) == []
+    )
 
 
 CONTRACTS = st.builds(

@@ -221,7 +221,7 @@ def test_without_a_file_the_module_runs_all_the_same(tmp_path: Path) -> None:
     assert (found["variable"], found["endpoints"]) == (None, None)
 
 
-def test_a_module_whose_file_is_gone_says_so(tmp_path: Path) -> None:
+def test_a_module_whose_file_is_gone_is_reported(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), SERVICES_FILE: str(tmp_path / "gone.json")}
     words = [sys.executable, "-m", RUNNER, "json.tool"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)

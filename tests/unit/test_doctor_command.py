@@ -77,7 +77,7 @@ def test_an_etcd_that_is_absent_is_69_and_nothing_secret_is_shown() -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_servers_that_never_answer_are_told_in_time() -> None:
+def test_servers_that_never_answer_are_reported_in_time() -> None:
     with listening() as port:
         start = time.monotonic()
         done = doctor("--only", "services", "--timeout", "1", ETCD_ENDPOINTS=f"http://127.0.0.1:{port}")

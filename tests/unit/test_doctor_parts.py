@@ -242,7 +242,7 @@ def test_no_gpu_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"facts": [], "devices": 0, "health": []}', "x"])
-def test_an_answer_that_is_none_is_told(text: str) -> None:
+def test_an_answer_that_is_none_is_reported(text: str) -> None:
     assert isinstance(gpus.read_look(Output(0, text, "", 1.0)), str)
 
 
@@ -363,7 +363,7 @@ def test_shared_memory() -> None:
     assert "--shm-size=4g" in little.fix
 
 
-def test_leftovers_are_what_nobody_has_open(tmp_path: Path) -> None:
+def test_leftovers_are_what_no_process_has_open(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("mapped", "left", "folder/inner", "young"):
         (tmp_path / name).write_bytes(b"x" * 10)

@@ -120,7 +120,7 @@ def test_an_outdated_etcd_is_a_warning_with_the_fix() -> None:
     assert "DYN_MPI_ETCD" in age.fix
 
 
-def test_slow_answers_and_clocks_apart_are_told() -> None:
+def test_slow_answers_and_clocks_apart_are_reported() -> None:
     slow, clock = judge_answers(EtcdAnswers("http://h:1", "3.5.33", 0.9, 90.0, 2))
     assert (slow.status, clock.status) == (Status.WARNING, Status.WARNING)
     assert "2 workers recorded" in slow.found

@@ -140,7 +140,7 @@ def test_versions(text: str, version: tuple[int, int] | None) -> None:
     assert read_version(text) == version
 
 
-def test_an_old_slurm_is_told() -> None:
+def test_an_old_slurm_is_reported() -> None:
     assert judge_version(said("slurm 20.02.7\n")).status is Status.WARNING
     assert judge_version(said("slurm 22.05.8\n")).found == "slurm 22.05.8"
 
@@ -169,7 +169,7 @@ def test_time_that_is_left(text: str, seconds: int | None) -> None:
     assert read_time_left(f"{text}\n") == seconds
 
 
-def test_little_time_is_told() -> None:
+def test_little_time_is_reported() -> None:
     assert judge_time_left(599).status is Status.WARNING
     assert judge_time_left(-5).found == "0 minutes"
     assert judge_time_left(3600).found == "60 minutes"
@@ -228,7 +228,7 @@ def test_a_step_that_begins_elsewhere_than_its_job() -> None:
     check = judge_step_nodes(environ, Launcher.SLURM_PMIX)
     assert check is not None
     assert "SLURM_JOB_NODELIST=n[3-4] srun" in check.fix
-    # racks are told apart by their second brackets
+    # racks differ in their second brackets
     racks = {"SLURM_JOB_NODELIST": "rack[0-3]node[0-15]", "SLURM_STEP_NODELIST": "rack0node[8-15]"}
     check = judge_step_nodes(racks, Launcher.SLURM_PMIX)
     assert check is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs as people write them, and as nobody should: each is read, or refused with its path, and nothing else happens."""
+"""Configs as people write them, and as they shouldn't: each is read, or refused with its path, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_is_no_json_object_is_refused(text: str, words: str) -> None:
 
 
 def test_json_that_transformers_writes_is_read() -> None:
-    """GLM's and Llama's configs have had Infinity and NaN in them, which are Python's JSON and nobody else's."""
+    """GLM's and Llama's configs have had Infinity and NaN in them, which are Python's JSON alone."""
     found = from_json('{"time_step_limit": [0.0, Infinity], "x": NaN, "y": -Infinity, "a": {"b": 1}, "c": {"b": 2}}')
     assert found["time_step_limit"] == [0.0, math.inf]
     assert math.isnan(found["x"])
@@ -166,7 +166,7 @@ def test_sound_yaml_is_read(text: str, found: dict[str, Any] | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "---", "~", "null", "--- null\n..."])
-def test_an_empty_document_is_told_apart(text: str) -> None:
+def test_an_empty_document_is_distinguished(text: str) -> None:
     assert "is empty" in refused(from_yaml, text).problem
 
 
@@ -326,7 +326,7 @@ def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path: Path) -> None:
         writer.join()
 
 
-def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_without_a_writer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_reader._PIPE_SECONDS == 5
     monkeypatch.setattr(config_reader, "_PIPE_SECONDS", 0.05)
     pipe = tmp_path / "pipe"

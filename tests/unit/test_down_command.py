@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dynamo-mpi down` of workers that nobody launched for us: those that are meant, each by the right way, and nothing else."""
+"""`dynamo-mpi down` of workers without a launch of ours: those that are meant, each by the right way, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.unit.test_launch_endings import Slurm
 from tests.unit.test_status_command import describe, serve
 
 HERE = os.uname().nodename.partition(".")[0]
-# drains for a moment, and says so
+# drains for a moment, and prints it
 RANK = "import signal, sys; print('up', flush=True); signal.sigwait([signal.SIGTERM]); print('drained', flush=True)"
 BLOCKED = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); " + RANK
 Run = Callable[..., tuple[int, str, str]]
@@ -276,7 +276,7 @@ def test_what_is_left_when_the_time_is_up(board: Board, run: Run, start: Callabl
     assert "not ended in time: agg on agg1,agg2: drain, 7 s" in err
 
 
-def test_nobody_is_there(board: Board, run: Run) -> None:
+def test_no_listener(board: Board, run: Run) -> None:
     board.worker("agg", namespace="other")
     code, _, err = run("--namespace", "dynamo")
     assert (code, "no such worker is there" in err) == (0, True)

@@ -59,8 +59,8 @@ def test_check_finds_nothing_wrong(file: Path, tmp_path: Path, capsys: pytest.Ca
     words += ["--nodes", head["nodes"], "--gpus-per-node", head["gpus"]]
     words += ["--gpu", head["gpu"]] if head["gpu"] else []
     code, report = run_check(capsys, *words)
-    told = [(f["rule"], f["severity"]) for f in report["findings"] if f["severity"] != "info"]
-    assert (code, told) == (0, [])
+    problems = [(f["rule"], f["severity"]) for f in report["findings"] if f["severity"] != "info"]
+    assert (code, problems) == (0, [])
     assert report["layout"]["world_size"] == int(head["nodes"]) * int(head["gpus"])
 
 

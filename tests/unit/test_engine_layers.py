@@ -292,7 +292,7 @@ def test_an_override_is_a_json_object(text: str) -> None:
         (EngineLayers({}, "", "/e.yaml"), "/e.yaml is empty"),
     ],
 )
-def test_what_cannot_be_typed_is_told_with_its_place(layers: EngineLayers, where: str) -> None:
+def test_what_cannot_be_typed_is_reported_with_its_place(layers: EngineLayers, where: str) -> None:
     with pytest.raises(ConfigFileError, match=where):
         merge(layers)
 

@@ -145,7 +145,7 @@ def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
     ],
     ids=["none", "wrong password", "no such user", "no rights"],
 )
-def test_who_may_not_is_told_so(locked: str, auth: EtcdAuth, word: str) -> None:
+def test_a_missing_permission_is_reported(locked: str, auth: EtcdAuth, word: str) -> None:
     with pytest.raises(AuthorizationError) as caught:
         connect(locked, auth=auth).get_prefix("dynamo_mpi/")
     assert caught.value.exit_code == 77
@@ -183,7 +183,7 @@ def test_a_password_is_shown_to_the_next_one_too(locked: str) -> None:
 
 @pytest.mark.parametrize("auth", [NOBODY, WORKER], ids=["nobody", "a user"])
 @pytest.mark.parametrize("listens", [True, False])
-def test_nobody_answers_in_time(listens: bool, auth: EtcdAuth) -> None:
+def test_no_answer_in_time(listens: bool, auth: EtcdAuth) -> None:
     with listening() as silent, closed_port() as dead:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError, match="etcd does not answer") as caught:

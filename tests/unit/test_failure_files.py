@@ -18,7 +18,7 @@ def test_what_an_earlier_start_has_left_goes_and_nothing_else(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["prefill-rank-0.json"]
 
 
-def test_a_folder_that_is_none_is_told_before_it_is_needed(tmp_path: Path) -> None:
+def test_a_folder_that_is_none_is_reported_before_it_is_needed(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "below"):
@@ -36,12 +36,12 @@ def test_a_host_that_is_cut_off_leaves_rank_0s_report_and_rank_0_replaces_its(tm
     of_rank_2 = Failure(2, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
     of_rank_0 = Failure(0, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
 
-    def told() -> tuple[int, str]:
+    def read_report() -> tuple[int, str]:
         content = json.loads((tmp_path / "decode-rank-0.json").read_text(encoding="utf-8"))
         return content["rank"], content["host"]
 
     write_failure(rendezvous, of_rank_0, "n1", keep=True)
-    assert told() == (0, "n1")
+    assert read_report() == (0, "n1")
     write_failure(rendezvous, of_rank_2, "n3", by=0)
     write_failure(rendezvous, of_rank_0, "n1", keep=True)
-    assert told() == (2, "n3")
+    assert read_report() == (2, "n3")

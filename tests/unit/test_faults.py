@@ -119,7 +119,7 @@ def running(rank: Rank) -> Iterator[Rank]:
 
 
 @pytest.mark.parametrize("allow", [None, "", "0", "yes"])
-def test_faults_have_to_be_allowed(allow: str | None) -> None:
+def test_faults_must_be_allowed(allow: str | None) -> None:
     code, out, err = Rank("rank1:load:kill", 0, allow=allow).end()
     assert code == 64
     assert "DYN_MPI_ALLOW_FAULTS=1" in out

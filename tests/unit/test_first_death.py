@@ -99,7 +99,7 @@ def test_no_word_of_a_death_is_none() -> None:
     )
 
 
-def test_open_mpi_4_may_name_nobody() -> None:
+def test_open_mpi_4_may_name_no_rank() -> None:
     text = recorded("openmpi4_sigkill").partition("mpirun noticed")[0]
     assert str(first_death(text)) == "a rank ended with a code other than 0; mpirun reports nothing else"
 
@@ -107,7 +107,7 @@ def test_open_mpi_4_may_name_nobody() -> None:
 def test_what_the_launcher_leaves_out_follows_from_the_placement() -> None:
     assert Death((2,), code=3).placed(("n1", "n2"), 2).host == "n2"
     assert Death(host="n2", signal=9).placed(("n1", "n2"), 1).ranks == (1,)
-    # several ranks on that host: which of them isn't told
+    # several ranks on that host: which of them isn't known
     assert Death(host="n2", signal=9).placed(("n1", "n2"), 2).ranks == ()
     assert Death((9,), code=3).placed(("n1", "n2"), 2).host == ""
 

@@ -11,7 +11,7 @@ from dynamo_mpi.runtime import follower
 from dynamo_mpi.runtime.follower import abort_if_late
 
 
-def test_a_failure_that_nobody_comes_for_ends_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_without_a_reader_ends_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "_AGREEMENT_SECONDS", 0.01)
     ended: list[Exception] = []
     done = threading.Event()

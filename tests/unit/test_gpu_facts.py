@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank tells of its GPUs, over a stand-in for nvidia-ml-py that refuses what it doesn't know."""
+"""What a rank reports of its GPUs, over a stand-in for nvidia-ml-py that refuses what it doesn't know."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def read(
     return facts
 
 
-def test_everything_that_is_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_is_there_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = read(monkeypatch)
     assert facts.problem == ""
     assert (facts.driver, facts.cuda) == ("570.86.15", 12080)
@@ -194,7 +194,7 @@ def test_no_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nvmlDeviceGetHandleByIndex", NVMLError_NoPermission(), "any of 3 GPUs"),
     ],
 )
-def test_why_nothing_can_be_read_is_told(
+def test_why_nothing_can_be_read_is_reported(
     monkeypatch: pytest.MonkeyPatch, call: str, fault: Exception, words: str
 ) -> None:
     facts = read(monkeypatch, {call: fault})
@@ -218,7 +218,7 @@ def test_gpus_that_a_cgroup_hides_are_not_there_and_not_counted(monkeypatch: pyt
     assert facts.visible == UUIDS[1:]  # CUDA counts what is left
 
 
-def test_a_gpu_that_is_lost_is_told_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_lost_is_reported_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = read(monkeypatch, {"nvmlDeviceGetHandleByIndex:1": NVMLError_GpuIsLost("GPU is lost")})
     assert [gpu.number for gpu in facts.gpus] == [0, 2]
     assert facts.problem == "GPU 1: NVML: GPU is lost"

@@ -68,7 +68,7 @@ def test_what_is_not_certain_is_not_known(name: str, sm: int, mib: int, kind: st
 
 
 @given(st.text(max_size=30), st.sampled_from([80, 89, 90, 100, 103]), st.integers(0, 2**39))
-def test_a_kind_has_the_memory_and_the_architecture_that_were_told(name: str, sm: int, size: int) -> None:
+def test_a_kind_has_the_memory_and_the_architecture_that_were_given(name: str, sm: int, size: int) -> None:
     kind = kind_of(name, sm, size)
     if kind is not None:
         assert GPUS[kind].sm == sm

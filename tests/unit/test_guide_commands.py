@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guides tell their readers to type, as it stands, as far as it needs no cluster; and the output that they show."""
+"""What readers type from the guides, as it stands, as far as it needs no cluster; and the output that they show."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def prompt(max_tokens: int = 4) -> dict[str, Any]:
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a test's body; whatever the loop has to complain about fails the test."""
+    """Run a test's body; whatever the loop complains about fails the test."""
 
     async def body() -> None:
         complaints: list[dict[str, Any]] = []
@@ -376,17 +376,17 @@ def test_quiet_is_when_the_last_request_has_ended() -> None:
     run(body())
 
 
-def test_every_change_of_what_is_in_flight_is_told() -> None:
+def test_every_change_of_what_is_in_flight_is_reported() -> None:
     async def body() -> None:
         with ScriptedEngine() as engine:
-            told: list[int] = []
-            handler = RequestHandler(engine, ERRORS, on_in_flight=told.append)
+            counts: list[int] = []
+            handler = RequestHandler(engine, ERRORS, on_in_flight=counts.append)
             first, second = (handler.generate(prompt(), Context(name)) for name in ("a", "b"))
             await anext(first)
             await anext(second)
             await first.aclose()
             await second.aclose()
-            assert told == [1, 2, 1, 0]
+            assert counts == [1, 2, 1, 0]
 
     run(body())
 

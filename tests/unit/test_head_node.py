@@ -120,7 +120,7 @@ def test_the_offset(job_id: str | None, added: int) -> None:
     assert offset(job_id) == added
 
 
-def test_a_taken_default_gives_way_and_a_taken_named_port_tells_its_holder() -> None:
+def test_a_taken_default_is_replaced_and_a_taken_named_port_names_its_holder() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
         moved = Ports(Port(number, False, "--etcd-port"), "127.0.0.1", "41").next()
@@ -138,7 +138,7 @@ def test_a_default_does_not_move_to_where_another_of_the_job_goes() -> None:
         assert Ports(Port(number, False, ""), "127.0.0.1", "5", {first}).next() >= second
 
 
-def test_when_all_ports_are_taken_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_that_all_ports_are_taken_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_mpi.deploy.head_node.is_free", lambda port, host: False)
     with pytest.raises(DiscoveryError, match="so are the 10 others"):
         Ports(Port(2379, False, "--etcd-port"), "127.0.0.1", "3").next()
@@ -154,7 +154,7 @@ def test_an_ipv6_port_has_a_holder_too() -> None:
     assert holder(port) is None
 
 
-def test_the_user_of_a_listener_is_told() -> None:
+def test_the_user_of_a_listener_is_reported() -> None:
     table = "head\n 0: 0100007F:1F90 00000000:0000 0A 0:0 00:0 0 1000 0 111 1 0 100 0 0 10 0\n"
     assert listeners(table, 8080) == [("111", 1000)]
 
@@ -240,7 +240,7 @@ def test_the_frontend_keeps_its_settings_and_forgets_other_deployments(tmp_path:
 
 
 def test_a_home_that_cannot_be_written_is_replaced_for_the_frontend() -> None:
-    # as in a container of enroot's; nobody, root neither, can make a folder there
+    # as in a container of enroot's; no user, root neither, can make a folder there
     given = frontend_environment({"HOME": "/proc/self"}, Path("/s"), ())
     assert (given["HOME"], given["HF_HOME"]) == ("/s", "/proc/self/.cache/huggingface")
     assert frontend_environment({"HOME": "/proc/self", "HF_HOME": "/hf"}, Path("/s"), ())["HF_HOME"] == "/hf"
@@ -421,7 +421,7 @@ def refused(folder: Path) -> str:
 # the command
 
 
-def test_errors_are_told_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = os.umask(0o022)
     try:
         assert main(["--run-dir", str(tmp_path / "run"), "--address", "203.0.113.9"]) == ExitCode.USAGE

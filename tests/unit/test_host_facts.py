@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank tells of its host, on this one."""
+"""What a rank reports of its host, on this one."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ FACTS = st.builds(
 
 
 @given(FACTS)
-def test_what_a_rank_told_arrives_as_it_was(facts: HostFacts) -> None:
+def test_a_rank_report_arrives_unchanged(facts: HostFacts) -> None:
     assert HostFacts.unpack(decode_strings(encode_strings(facts.pack()))) == facts
 
 

@@ -65,14 +65,14 @@ def facts(**others: Any) -> HostFacts:
 
 
 def rows(
-    hosts: str, gpus: Sequence[NodeGpus] | None = None, told: Sequence[HostFacts] | None = None
+    hosts: str, gpus: Sequence[NodeGpus] | None = None, of_hosts: Sequence[HostFacts] | None = None
 ) -> list[RankFacts]:
     """Return a row for each letter of ``hosts``; by default each rank sees as many GPUs as ranks are on its node."""
     return [
         RankFacts(
             rank,
             host,
-            told[rank] if told else facts(),
+            of_hosts[rank] if of_hosts else facts(),
             gpus[rank] if gpus else node(host, hosts.count(host)),
         )
         for rank, host in enumerate(hosts)
@@ -191,7 +191,7 @@ def test_which_gpus_ranks_see(case: str) -> None:
     assert words in render(findings)
 
 
-def test_an_empty_variable_is_told_from_no_gpus() -> None:
+def test_an_empty_variable_is_distinguished_from_no_gpus() -> None:
     hidden = node("a", 2, [])
     for value, words in (("", "CUDA_VISIBLE_DEVICES is empty"), ("7", "'7' hides all 2 GPUs")):
         (finding,) = judge(rows("a", [hidden], [facts(variables={"CUDA_VISIBLE_DEVICES": value})]))
@@ -214,7 +214,7 @@ def test_without_gpus_by_permission_nothing_about_gpus_is_said() -> None:
         (20, {"holders": ((42, 0),)}, 60, "warning V2", "pid 42"),
         (20, {"holders": ((42, 20 * GIB),)}, 61, "error V2", "weights take 61.0 GiB; pid 42 holds 20.0 GiB"),
         (0, {}, 90, "error V2", "no process holds memory"),
-        (0, {"total_bytes": 0}, 90, "", ""),  # not told
+        (0, {"total_bytes": 0}, 90, "", ""),  # not known
     ],
 )
 def test_a_gpu_is_free(used: int, others: dict[str, Any], weights: int, rule: str, words: str) -> None:
@@ -225,7 +225,7 @@ def test_a_gpu_is_free(used: int, others: dict[str, Any], weights: int, rule: st
     assert words in render(findings)
 
 
-def test_only_the_gpu_that_a_rank_takes_has_to_be_free() -> None:
+def test_only_the_gpu_that_a_rank_takes_must_be_free() -> None:
     gpus = node("a", gpus=(gpu("a", 0), gpu("a", 1, used=70)))
     assert judge(rows("a", [gpus])) == []
 
@@ -236,7 +236,7 @@ def versions(**others: str) -> HostFacts:
 
 
 @pytest.mark.parametrize(
-    ("told", "rules", "words"),
+    ("of_hosts", "rules", "words"),
     [
         ([versions(), versions(torch="2.8.0")], ["error D10"], "torch: 2.9.0 on a; 2.8.0 on b"),
         ([versions(), versions(flashinfer__python="0.5")], ["error D10"], "flashinfer-python: missing on a; 0.5 on b"),
@@ -271,22 +271,22 @@ def versions(**others: str) -> HostFacts:
         ([facts(variables={"CUDA_VISIBLE_DEVICES": "0"}), facts(variables={"OMP_NUM_THREADS": "4"})], [], ""),
     ],
 )
-def test_what_hosts_need(told: list[HostFacts], rules: list[str], words: str) -> None:
-    findings = judge(rows("ab", told=told))
+def test_what_hosts_need(of_hosts: list[HostFacts], rules: list[str], words: str) -> None:
+    findings = judge(rows("ab", of_hosts=of_hosts))
     assert said(findings) == rules
     assert words in render(findings)
 
 
 def test_the_line_that_removes_leftovers_names_the_hosts() -> None:
     left = facts(leftovers=(StaleFile("moe_shared", 1, 1),))
-    (finding,) = judge(rows("ab", told=[facts(), left]))
+    (finding,) = judge(rows("ab", of_hosts=[facts(), left]))
     assert finding.fix.endswith("rm /dev/shm/moe_* on b")
 
 
 def test_shared_memory_is_for_all_ranks_of_the_node() -> None:
     silent = facts(speaks_for_node=False, versions=(), shm_bytes=0, shm_free=0)
-    assert judge(rows("aa", told=[facts(shm_free=2 * GIB), silent])) == []
-    (finding,) = judge(rows("aaaa", told=[facts(shm_free=2 * GIB), *[silent] * 3]))
+    assert judge(rows("aa", of_hosts=[facts(shm_free=2 * GIB), silent])) == []
+    (finding,) = judge(rows("aaaa", of_hosts=[facts(shm_free=2 * GIB), *[silent] * 3]))
     assert "--shm-size=4g" in finding.fix
 
 
@@ -303,12 +303,12 @@ def test_shared_memory_is_for_all_ranks_of_the_node() -> None:
         ([None, None], [range(8), range(8, 16)], "", ""),  # each has CPUs of its own
         (["1", "1"], [range(1), range(1, 2)], "warning V5", "--bind-to none"),
         (["1", "1", "1"], [range(2)] * 3, "", ""),  # nothing to export helps
-        ([None, None], [(), ()], "", ""),  # not told
+        ([None, None], [(), ()], "", ""),  # not known
         ([None], [range(16)], "", ""),
     ],
 )
 def test_threads_fit_the_cpus(threads: list[str | None], cpus: list[Sequence[int]], rule: str, words: str) -> None:
-    told = [
+    of_hosts = [
         HostFacts(
             True,
             "Open MPI v5",
@@ -319,12 +319,12 @@ def test_threads_fit_the_cpus(threads: list[str | None], cpus: list[Sequence[int
         )
         for count, mine in zip(threads, cpus, strict=True)
     ]
-    findings = judge(rows("a" * len(told), told=told))
+    findings = judge(rows("a" * len(of_hosts), of_hosts=of_hosts))
     assert said(findings) == ([rule] if rule else [])
     assert words in render(findings)
 
 
-def test_large_worlds_are_told_of_in_few_words() -> None:
+def test_large_worlds_are_reported_briefly() -> None:
     hosts = [f"node{number}" for number in range(64) for _ in range(8)]
     world = [
         RankFacts(rank, host, facts(cpus=range(128)), node(host, 8, [rank % 8])) for rank, host in enumerate(hosts)
@@ -336,9 +336,9 @@ def test_large_worlds_are_told_of_in_few_words() -> None:
     assert len(text) < 2000
 
 
-def test_a_variable_that_is_another_in_each_rank_is_told_in_few_words() -> None:
-    told = [facts(variables={"TLLM_PORT": str(rank)}) for rank in range(9)]
-    (finding,) = judge(rows("abcdefghi", told=told))
+def test_a_variable_that_is_another_in_each_rank_is_reported_briefly() -> None:
+    of_hosts = [facts(variables={"TLLM_PORT": str(rank)}) for rank in range(9)]
+    (finding,) = judge(rows("abcdefghi", of_hosts=of_hosts))
     assert finding.found.endswith("'3' on rank 3 on d; 5 more values")
 
 
@@ -358,10 +358,10 @@ def test_every_rule_begins_with_its_id_and_stands_in_its_modules_table(rule: Any
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), FACTS, NODE), max_size=6), st.booleans(), st.data())
-def test_no_rule_raises_whatever_ranks_tell(
-    told: list[tuple[str, HostFacts, NodeGpus]], allowed: bool, data: st.DataObject
+def test_no_rule_raises_for_any_rank_report(
+    of_hosts: list[tuple[str, HostFacts, NodeGpus]], allowed: bool, data: st.DataObject
 ) -> None:
-    world = [RankFacts(rank, *rest) for rank, rest in enumerate(told)]
+    world = [RankFacts(rank, *rest) for rank, rest in enumerate(of_hosts)]
     needs = Requirements(tuple(data.draw(st.lists(st.integers(0, 2**40), max_size=7))), allowed)
     render(judge(world, needs))
     if allowed:

@@ -67,7 +67,7 @@ def test_another_command_line_is_shown_beside_rank_0s(tmp_path: Path) -> None:
         ("a: 1\n", "a: 1", "1"),
     ],
 )
-def test_files_that_differ_are_told_by_the_first_line_and_what_is_different_in_it(
+def test_the_first_line_that_differs_between_files_is_reported(
     tmp_path: Path, mine: str, theirs: str, line: str
 ) -> None:
     config = tmp_path / "engine.yaml"
@@ -136,7 +136,7 @@ def test_a_dangling_weight_file_is_found_once_per_node(tmp_path: Path) -> None:
     assert problems_of(tmp_path, weights=("a.safetensors",), launch=LAUNCH._replace(local_rank=None))
 
 
-def test_every_problem_is_told(tmp_path: Path) -> None:
+def test_every_problem_is_reported(tmp_path: Path) -> None:
     problems = problems_of(tmp_path, argv=("x",), files=(watch(tmp_path / "absent", ""),), weights=("a.safetensors",))
     assert [problem.partition(":")[0] for problem in problems] == ["command line", "engine config", "model"]
 
@@ -146,7 +146,7 @@ def test_weight_files_are_known_by_their_endings() -> None:
     assert weight_files(names) == ("a.gguf", "b.safetensors", "c.bin")
 
 
-def test_nothing_is_told_of_host_and_gpus_unless_it_is_asked_for(tmp_path: Path) -> None:
+def test_host_and_gpus_are_reported_only_on_request(tmp_path: Path) -> None:
     report_request = ReportRequest(ARGV, str(tmp_path), (), ())
     card = collect_rank_report(report_request, LAUNCH, ARGV, "Open MPI v5.0.8")
     assert (card.host_facts, card.gpu_facts) == ((), ())
@@ -165,7 +165,7 @@ def test_one_rank_of_each_node_speaks_for_it(tmp_path: Path, local_rank: int | N
 
 
 def test_ranks_of_another_version_answer_with_no_more_than_theirs() -> None:
-    """P4 is what has to be heard of them; the rest may mean something else there."""
+    """P4 is what must be heard of them; the rest may mean something else there."""
     report_request = ReportRequest.unpack(encode_strings(["99.0", "what", "later", "versions", "ask"]))
     card = collect_rank_report(report_request, LAUNCH, ARGV)
     assert (card.host, card.version, card.problems) == (host_name(), __version__, ())

@@ -139,7 +139,7 @@ def test_what_was_never_published_is_withdrawn_at_once(etcd: str, kept: Kept) ->
     assert time.monotonic() - begin < 1
 
 
-def test_whoever_comes_second_sees_the_first(etcd: str, kept: Kept) -> None:
+def test_a_second_worker_sees_the_first(etcd: str, kept: Kept) -> None:
     assert kept(etcd, world()).publish() == []
     (first,) = kept(etcd, world("decode")).publish()
     assert first.record == world()
@@ -161,7 +161,7 @@ def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: st
     assert sorted(map(len, seen)) == [0, 1]
 
 
-def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
+def test_peers_are_reported_once_each(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
     peer = kept(etcd, world("decode", {"kv_dtype": "bfloat16"}, job="7"))
     peer.publish()
@@ -193,7 +193,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     assert [line for _, news in heard for line in news] == kept.log.lines
 
 
-def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
+def test_what_is_no_record_is_reported_once_and_left_out(etcd: str, kept: Kept) -> None:
     other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
     lease = other.grant(60)
     other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
@@ -218,7 +218,7 @@ def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
 
 
 class EtcdThatLosesAWrite(GrpcEtcdClient):
-    """The real one, whose next write gets lost on its way when it is told so."""
+    """The real one, whose next write gets lost on its way when the test asks for it."""
 
     losing = False
 
@@ -281,7 +281,7 @@ def test_an_etcd_that_hangs_does_not_hold_the_end_up(kept: Kept, started: bool) 
         assert 0.5 < time.monotonic() - begin < 1.5
 
 
-def test_nothing_is_published_where_nobody_answers(kept: Kept) -> None:
+def test_nothing_is_published_where_no_server_answers(kept: Kept) -> None:
     with closed_port() as port, pytest.raises(DiscoveryError):
         kept(f"http://127.0.0.1:{port}", world()).publish()
 

@@ -324,7 +324,7 @@ class ThreadMail:
         return None
 
 
-class Said(RankLogger):
+class RecordingLogger(RankLogger):
     def __init__(self) -> None:
         super().__init__(0, "p1")
         self.texts: list[str] = []
@@ -336,7 +336,7 @@ class Said(RankLogger):
 def run_check(monkeypatch: pytest.MonkeyPatch, *absent: str, hang: str = "", **changes: Any) -> tuple[int, str]:
     """Run the check between four ranks in threads; those on hosts in ``absent`` never come, ``hang`` obeys no order."""
     settings = read_settings(ROLES, {})._replace(**{"transport": "tcp", "kv_network": "127.0.0.1", **changes})
-    hosts, said = (*settings.prefill, *settings.decode), Said()
+    hosts, said = (*settings.prefill, *settings.decode), RecordingLogger()
     monkeypatch.setattr(kv, "HELLO_SECONDS", 1.0)
     monkeypatch.setattr(kv, "_LOAD_SECONDS", 2.0)
     monkeypatch.setattr(kv, "find_host", lambda *_: threading.current_thread().name)

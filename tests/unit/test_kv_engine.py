@@ -117,7 +117,7 @@ def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: Referenc
     assert "no such transfer" in str(again.chunks[-1].error)
 
 
-def test_what_nobody_fetches_expires(prefill: ReferenceEngine) -> None:
+def test_what_is_never_fetched_expires(prefill: ReferenceEngine) -> None:
     began = time.monotonic()
     offer_of(prefill)
     until_empty(prefill, 6)
@@ -189,7 +189,7 @@ def test_an_offer_that_does_not_fit_is_refused_at_once(
         go_on(decode, offer_of(prefill) | change)
 
 
-def test_heads_that_nobody_holds_are_an_error(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+def test_heads_that_no_rank_holds_are_an_error(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
     offer = offer_of(prefill)
 
     receiver = go_on(decode, {**offer, "ranks": [{**offer["ranks"][0], "kv_heads": [0, 2]}]}).done()

@@ -60,7 +60,7 @@ def test_ranks_that_need_the_same_head_ask_different_ranks() -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
-def test_what_nobody_holds_is_told(missing: int) -> None:
+def test_what_no_one_holds_is_reported(missing: int) -> None:
     holders = [holding for rank, holding in enumerate(grid(30, 9, 3, 3, 1)) if rank != missing]
 
     with pytest.raises(ValueError, match=f"no rank holds KV head {missing}"):

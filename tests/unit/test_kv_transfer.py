@@ -134,7 +134,7 @@ def test_a_released_transfer_is_forgotten(server: KvServer, store: KvStore) -> N
     assert "no such transfer" in release(offer, Deadline.after(5))[0]
 
 
-def test_what_nobody_fetches_expires(server: KvServer, store: KvStore, clock: Clock) -> None:
+def test_what_is_never_fetched_expires(server: KvServer, store: KvStore, clock: Clock) -> None:
     clock.now += 59
     get(at(server.address[1]))
     clock.now += 2
@@ -166,7 +166,7 @@ def test_a_full_store_keeps_what_it_has(store: KvStore, clock: Clock) -> None:
     assert len(store) == 1
 
 
-def test_a_client_that_stalls_loses_its_connection_and_holds_up_nobody(server: KvServer) -> None:
+def test_a_client_that_stalls_loses_its_connection_and_delays_no_other(server: KvServer) -> None:
     with socket.create_connection(server.address, timeout=5) as idle:
         get(at(server.address[1]))
         began = time.monotonic()
@@ -185,7 +185,7 @@ def test_nonsense_is_answered_and_the_server_goes_on(server: KvServer, nonsense:
     get(at(server.address[1]))
 
 
-def test_nobody_listening_is_told_at_once() -> None:
+def test_a_missing_listener_is_reported_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     began = time.monotonic()

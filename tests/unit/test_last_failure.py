@@ -147,7 +147,7 @@ def test_rank_0_leaves_it_for_an_hour_under_its_records_name(url: str, etcd: Grp
     assert len(etcd.get_prefix(failures_of("dynamo", "backend"))) == 2
 
 
-def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd: GrpcEtcdClient) -> None:
+def test_a_later_start_that_serves_removes_it_and_no_other(url: str, etcd: GrpcEtcdClient) -> None:
     other = replace(ORIGIN, launch="y")
     store(url).on_failure(ENDED)
     store(url, 0x2B, other).on_failure(ENDED)
@@ -158,7 +158,7 @@ def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd
     assert failure_key(other, 0x2B) in [entry.key for entry in etcd.get_prefix(failures_of())]
 
 
-def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: GrpcEtcdClient) -> None:
+def test_an_agent_writes_only_what_no_other_has_written(url: str, etcd: GrpcEtcdClient) -> None:
     assert create_if_absent(etcd, left("the first"), 0x1A)
     assert not create_if_absent(etcd, left("the second"), 0x1A)
     (entry,) = etcd.get_prefix(failures_of())
@@ -167,7 +167,7 @@ def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: GrpcEtcdCli
     assert [FailureRecord.unpack(entry.value).report for entry in etcd.get_prefix(failures_of())] == ["rank 0's own"]
 
 
-def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: GrpcEtcdClient) -> None:
+def test_an_agent_records_a_failure_once_and_no_orderly_end(url: str, etcd: GrpcEtcdClient) -> None:
     will = encode_leases({"record": 0x1A}, {"ETCD_ENDPOINTS": url}, asdict(ORIGIN), 0x1A)
     renouncing, revoker = LeaseRevoker(), LeaseRevoker()
     renouncing.set_leases(will)
@@ -209,7 +209,7 @@ def test_whatever_is_wrong_with_etcd_nothing_raises(environ: dict[str, str], mon
     assert raised == []
 
 
-def test_an_etcd_that_hangs_holds_nobody_up() -> None:
+def test_an_etcd_that_hangs_delays_nothing() -> None:
     hooks = WorkerHooks()
     with listening() as port:
         hooks.add(store(f"http://127.0.0.1:{port}"))

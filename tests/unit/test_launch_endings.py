@@ -114,7 +114,7 @@ def test_down_cancels_the_steps_of_a_killed_launcher_and_no_others(
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "logs", "ready", "timeline"]
 
 
-def test_down_does_not_say_that_it_has_ended_what_slurm_does_not_tell(
+def test_down_does_not_report_as_ended_what_slurm_does_not_list(
     tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = left_by_a_killed_launcher(tmp_path, slurm)

@@ -76,9 +76,9 @@ def test_every_size_of_every_model(model: str) -> None:
         config = EngineConfig(tp, moe_tp_size=moe_tp, moe_ep_size=moe_ep)
         # one node, however large: whether groups leave it isn't this table's matter
         found = layout_findings(LayoutSpec(shape, config, Cluster(1, tp)))
-        told = (rules(found, Severity.ERROR), rules(found, Severity.WARNING))
-        if told != (set(row["errors"].split()), set(row["warnings"].split())):
-            now = ",".join((model, row["tp"], row["experts"], *(" ".join(sorted(each)) for each in told)))
+        rules_found = (rules(found, Severity.ERROR), rules(found, Severity.WARNING))
+        if rules_found != (set(row["errors"].split()), set(row["warnings"].split())):
+            now = ",".join((model, row["tp"], row["experts"], *(" ".join(sorted(each)) for each in rules_found)))
             changed.append(f"  {','.join(row.values())}\n  now: {now}")
     if changed:
         problem = "the rules differ from tests/data/expected_layouts.csv, which is worked out from the engine's sources"
@@ -514,9 +514,9 @@ def test_what_is_not_said(case: Case, rule: str) -> None:
 
 def test_the_reference_engine_has_no_nodes_to_reckon() -> None:
     case = Case(LLAMA_70B, TP16 + "gpus_per_node: 4", 2, 8)
-    for engine, told in (("trtllm", {"A10", "A14"}), ("reference", set())):
+    for engine, rules_found in (("trtllm", {"A10", "A14"}), ("reference", set())):
         found = layout_findings(replace(subject_of(case), engine=engine))
-        assert {finding.rule for finding in found} & {"A10", "A14"} == told
+        assert {finding.rule for finding in found} & {"A10", "A14"} == rules_found
 
 
 def test_the_cases_differ() -> None:
@@ -527,7 +527,7 @@ def worker(model: str, engine: str, nodes: int, gpus: int, role: str = "agg", ve
     return check_worker(subject_of(Case(model, engine, nodes, gpus, role=role, version=version)))
 
 
-def test_more_experts_parallel_than_ranks_are_told_what_gives_what_was_meant() -> None:
+def test_more_experts_parallel_than_ranks_get_the_setting_that_was_meant() -> None:
     report = worker(R1, TP8 + EP16, 1, 8)
     (finding,) = errors(report.findings)
     assert "TP16/EP16 with attention DP" in finding.fix
@@ -593,7 +593,7 @@ PP2 = "pipeline_parallel_size: 2\n"
 MLA = "DeepSeek-V3.2"
 STATE_BF16 = kv("mamba_ssm_cache_dtype: bfloat16")
 PAIRS = [
-    # what has to be the same (I1)
+    # what must be the same (I1)
     Pair(TP2 + UCX, TP2 + UCX),
     Pair(TP2 + UCX + kv("dtype: fp8"), TP2 + UCX + kv("dtype: auto"), "I1"),
     Pair(TP2 + UCX + kv("dtype: fp8"), TP2 + UCX + kv("dtype: bfloat16"), "I1"),

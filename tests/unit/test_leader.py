@@ -23,14 +23,14 @@ def report(code: ExitCode, text: str) -> bytes:
     return encode_strings([str(int(code)), text])
 
 
-def test_a_reason_that_ranks_share_is_told_once() -> None:
+def test_a_reason_that_ranks_share_is_reported_once() -> None:
     text, code = describe_failures(decode_failures([b"", *[report(ExitCode.NO_MODEL, "no weights")] * 3]), CARDS)
     assert code is ExitCode.NO_MODEL
     assert text.count("no weights") == 1
     assert "ranks 1 on n1 and 2-3 on n2" in text
 
 
-def test_the_lowest_rank_decides_the_code_and_every_reason_is_told() -> None:
+def test_the_lowest_rank_decides_the_code_and_every_reason_is_reported() -> None:
     reports = [b"", report(ExitCode.ENGINE, "out of memory"), report(ExitCode.NO_MODEL, "no weights"), b""]
     text, code = describe_failures(decode_failures(reports), CARDS)
     assert code is ExitCode.ENGINE
@@ -39,7 +39,7 @@ def test_the_lowest_rank_decides_the_code_and_every_reason_is_told() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--tp-size", "9", "--max-seq-len", "128"]], ids=["alone", "over flags"])
-def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None:
+def test_the_engine_gets_every_size(tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
     engine = tmp_path / "engine.yaml"
     engine.write_text(

@@ -124,7 +124,7 @@ def test_every_row_can_be_found_by_kind_and_place() -> None:
 @pytest.mark.parametrize(
     ("address", "reach"),
     [
-        ("0.0.0.0", Reach.EVERYWHERE),  # noqa: S104 - to be told apart
+        ("0.0.0.0", Reach.EVERYWHERE),  # noqa: S104 - to be distinguished
         ("::", Reach.EVERYWHERE),
         ("127.0.0.1", Reach.LOOPBACK),
         ("127.1.2.3", Reach.LOOPBACK),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
-from dynamo_mpi.supervisor import heartbeat_client as lifeline_module
+from dynamo_mpi.supervisor import heartbeat_client as heartbeat_client
 from dynamo_mpi.supervisor import join
 from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_client import connect
@@ -44,8 +44,8 @@ PROMPT = 5.0
 SIZE = 4
 
 
-class Watchtower:
-    """A lookout, and what it has seen."""
+class WatchedServer:
+    """A heartbeat server, and what it has seen."""
 
     def __init__(self, timeout: float | None = None) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -66,7 +66,7 @@ class Watchtower:
 
     def join(self, rank: int) -> FrameConnection:
         line, _ = connect(self.rendezvous, rank)
-        self._lines.append(line)  # one that nobody holds is closed
+        self._lines.append(line)  # an unreferenced one is closed
         return line
 
     def next(self) -> Failure:
@@ -77,8 +77,8 @@ class Watchtower:
 
 
 @pytest.fixture
-def tower() -> Iterator[Watchtower]:
-    made = Watchtower()
+def watched() -> Iterator[WatchedServer]:
+    made = WatchedServer()
     yield made
     made.server.close()
 
@@ -93,50 +93,50 @@ def is_shut(connection: socket.socket) -> bool:
     return True
 
 
-def test_a_closed_connection_is_a_death_within_a_tenth_of_a_second(tower: Watchtower) -> None:
-    line = tower.join(2)
+def test_a_closed_connection_is_a_death_within_a_tenth_of_a_second(watched: WatchedServer) -> None:
+    line = watched.join(2)
     line.send(Frame(FrameType.PHASE, b"serve"))
     time.sleep(0.05)
     begin = time.monotonic()
     line.close()
-    failure = tower.next()
+    failure = watched.next()
     assert failure.at - begin < 0.1
     assert (failure.rank, failure.cause, failure.phase) == (2, DetectedBy.DISCONNECT, "serve")
     assert "dmesg on n2" in failure.text
 
 
-def test_who_leaves_in_order_is_not_dead(tower: Watchtower) -> None:
-    leaver, dying = tower.join(1), tower.join(2)
+def test_who_leaves_in_order_is_not_dead(watched: WatchedServer) -> None:
+    leaver, dying = watched.join(1), watched.join(2)
     leaver.send(Frame(FrameType.GOODBYE))
     leaver.close()
     dying.close()
-    assert tower.next().rank == 2
-    assert tower.seen.empty()
+    assert watched.next().rank == 2
+    assert watched.seen.empty()
 
 
-def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> None:
-    line = tower.join(3)
+def test_a_failure_is_reported_once_with_all_that_is_known(watched: WatchedServer) -> None:
+    line = watched.join(3)
     line.send(Frame(FrameType.FAILED, FailureReport(66, "load", 1, "no weights").pack()))
     line.close()
-    failure = tower.next()
+    failure = watched.next()
     assert (failure.rank, failure.exit_code, failure.text) == (3, 66, "no weights")
     assert (failure.cause, failure.phase, failure.sequence) == (DetectedBy.REPORT, "load", 1)
-    tower.join(1).close()
-    assert tower.next().rank == 1, "its own end is no news"
+    watched.join(1).close()
+    assert watched.next().rank == 1, "its own end is no news"
 
 
-def test_who_comes_when_the_end_has_begun_hears_of_it_too(tower: Watchtower) -> None:
-    first = tower.join(1)
-    ending = threading.Thread(target=tower.server.announce_abort, args=(70,))
+def test_who_comes_when_the_end_has_begun_hears_of_it_too(watched: WatchedServer) -> None:
+    first = watched.join(1)
+    ending = threading.Thread(target=watched.server.announce_abort, args=(70,))
     ending.start()
-    assert Frame(FrameType.ABORTING, bytes([70])) in heard(first)
-    late, early = connect(tower.rendezvous, 2)
-    assert Frame(FrameType.ABORTING, bytes([70])) in (early or heard(late))
+    assert Frame(FrameType.ABORTING, bytes([70])) in received(first)
+    late, early = connect(watched.rendezvous, 2)
+    assert Frame(FrameType.ABORTING, bytes([70])) in (early or received(late))
     late.close()
     ending.join()
 
 
-def heard(line: FrameConnection) -> list[Frame]:
+def received(line: FrameConnection) -> list[Frame]:
     """Return the frames that come next, but for heartbeats."""
     end = time.monotonic() + PROMPT
     while time.monotonic() < end:
@@ -147,8 +147,8 @@ def heard(line: FrameConnection) -> list[Frame]:
 
 
 def test_silence_is_seen_and_heartbeats_are_heard() -> None:
-    tower = Watchtower(timeout=0.6)
-    lines = {rank: tower.join(rank) for rank in (1, 2, 3)}
+    watched = WatchedServer(timeout=0.6)
+    lines = {rank: watched.join(rank) for rank in (1, 2, 3)}
     silent_since = time.monotonic()
     end = threading.Event()
 
@@ -159,20 +159,20 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
 
     thread = threading.Thread(target=beat)
     thread.start()
-    failure = tower.next()
+    failure = watched.next()
     end.set()
     thread.join()
     assert (failure.rank, failure.cause, failure.exit_code) == (2, DetectedBy.HEARTBEAT, 124)
     assert 0.5 < failure.at - silent_since < 2
-    tower.server.close()
+    watched.server.close()
 
 
-def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(tower: Watchtower) -> None:
-    line = tower.join(2)
+def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(watched: WatchedServer) -> None:
+    line = watched.join(2)
     line.send(Frame(FrameType.SIGNAL, SignalMessage(signal.SIGTERM, repeated=False).pack()))
-    assert tower.signals.get(timeout=PROMPT) == (2, SignalMessage(signal.SIGTERM, repeated=False))
+    assert watched.signals.get(timeout=PROMPT) == (2, SignalMessage(signal.SIGTERM, repeated=False))
     line.send(Frame(FrameType.SIGNAL, bytes([signal.SIGKILL, 0])))
-    failure = tower.next()
+    failure = watched.next()
     assert (failure.rank, failure.cause) == (2, DetectedBy.DISCONNECT), "what no rank of ours would say"
 
 
@@ -183,16 +183,16 @@ def test_other_signals_are_none(body: bytes) -> None:
 
 
 def test_a_rank_that_never_connects_is_reported_with_the_address() -> None:
-    tower = Watchtower(timeout=0.4)
-    failure = tower.next()
+    watched = WatchedServer(timeout=0.4)
+    failure = watched.next()
     assert (failure.rank, failure.exit_code) == (1, 75)
     assert "--liveness-network" in failure.text
-    tower.server.close()
+    watched.server.close()
 
 
-def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
-    line = tower.join(1)
-    tower.join(2)
+def test_stacks_come_from_those_who_answer(watched: WatchedServer) -> None:
+    line = watched.join(1)
+    watched.join(2)
 
     def answer() -> None:
         while not any(frame.kind is FrameType.STACKS_REQUEST for frame in line.read()):
@@ -201,7 +201,7 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    stacks = tower.server.stacks()
+    stacks = watched.server.stacks()
     thread.join()
     assert stacks.keys() == {0, 1}
     assert stacks[1] == "in barrier"
@@ -219,85 +219,85 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
         Frame(FrameType.FAILED, FailureReport(70, "load", 1, "ha").pack()).pack(),
     ],
 )
-def test_strangers_are_shown_the_door(tower: Watchtower, said: bytes) -> None:
-    with tower.stranger() as stranger:
+def test_strangers_are_shown_the_door(watched: WatchedServer, said: bytes) -> None:
+    with watched.stranger() as stranger:
         stranger.sendall(said)
         assert is_shut(stranger)
-    tower.join(1)
-    assert tower.seen.empty()
+    watched.join(1)
+    assert watched.seen.empty()
 
 
-def test_a_proof_is_worth_nothing_on_another_connection(tower: Watchtower) -> None:
-    token = bytes.fromhex(tower.rendezvous.token)
-    with tower.stranger() as first, tower.stranger() as second:
+def test_a_proof_is_worth_nothing_on_another_connection(watched: WatchedServer) -> None:
+    token = bytes.fromhex(watched.rendezvous.token)
+    with watched.stranger() as first, watched.stranger() as second:
         hellos = [next(FrameDecoder().feed(connection.recv(4096))).body for connection in (first, second)]
         nonce = bytes(NONCE_BYTES)
         second.sendall(Frame(FrameType.JOIN, Join(1, nonce, rank_mac(token, hellos[0], 1, nonce)).pack()).pack())
         assert is_shut(second)
 
 
-def test_a_rank_comes_once(tower: Watchtower) -> None:
-    tower.join(1)
-    token, nonce = bytes.fromhex(tower.rendezvous.token), bytes(NONCE_BYTES)
+def test_a_rank_comes_once(watched: WatchedServer) -> None:
+    watched.join(1)
+    token, nonce = bytes.fromhex(watched.rendezvous.token), bytes(NONCE_BYTES)
     for rank in (1, 0, SIZE):
-        with tower.stranger() as again:
+        with watched.stranger() as again:
             hello = next(FrameDecoder().feed(again.recv(4096))).body
             again.sendall(Frame(FrameType.JOIN, Join(rank, nonce, rank_mac(token, hello, rank, nonce)).pack()).pack())
             assert is_shut(again)
-    assert tower.seen.empty()
+    assert watched.seen.empty()
 
 
 def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join, "_HANDSHAKE_SECONDS", 0.2)
-    tower = Watchtower(timeout=2)
-    with tower.stranger() as stranger:
+    watched = WatchedServer(timeout=2)
+    with watched.stranger() as stranger:
         stranger.recv(4096)
         assert is_shut(stranger)
-    tower.server.close()
+    watched.server.close()
 
 
 def test_ranks_join_while_idle_connections_fill_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join, "MAX_PENDING", 4)
-    tower = Watchtower(timeout=4)
-    crowd = [tower.stranger() for _ in range(SIZE + 4)]
+    watched = WatchedServer(timeout=4)
+    crowd = [watched.stranger() for _ in range(SIZE + 4)]
     for stranger in crowd:
         stranger.recv(4096)
-    tower.join(1)
+    watched.join(1)
     assert is_shut(crowd[0])  # the oldest made room
     for stranger in crowd:
         stranger.close()
-    tower.server.close()
+    watched.server.close()
 
 
 def test_the_listener_is_closed_once_all_ranks_have_joined() -> None:
-    tower = Watchtower(timeout=4)
-    with tower.stranger() as early:
-        lines = [tower.join(rank) for rank in range(1, SIZE)]
+    watched = WatchedServer(timeout=4)
+    with watched.stranger() as early:
+        lines = [watched.join(rank) for rank in range(1, SIZE)]
         assert is_shut(early)
         with pytest.raises(ConnectionRefusedError):
-            tower.stranger()
+            watched.stranger()
     for line in lines:
         line.close()
-    tower.server.close()
+    watched.server.close()
 
 
 def test_a_listener_that_does_not_know_the_token_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifeline_module, "_CONNECT_SECONDS", 0.5)
-    tower = Watchtower()
+    monkeypatch.setattr(heartbeat_client, "_CONNECT_SECONDS", 0.5)
+    watched = WatchedServer()
     with pytest.raises(RetryableError, match="can't be reached at 127") as caught:
-        connect(tower.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
+        connect(watched.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
     assert "--liveness-network" in caught.value.fix
-    tower.server.close()
+    watched.server.close()
 
 
 def test_rank_0_says_that_it_leaves() -> None:
-    tower = Watchtower()
-    line = tower.join(1)
-    tower.server.close()
+    watched = WatchedServer()
+    line = watched.join(1)
+    watched.server.close()
     kinds = []
     while FrameType.GOODBYE not in kinds:
         kinds += [frame.kind for frame in line.read()]
-    assert tower.seen.empty()
+    assert watched.seen.empty()
 
 
 def test_loading_may_be_silent_for_longer_unless_the_user_says_otherwise() -> None:
@@ -308,8 +308,8 @@ def test_loading_may_be_silent_for_longer_unless_the_user_says_otherwise() -> No
     )
     assert rendezvous._replace(heartbeat_timeout=2.0).heartbeat_timeout_for("load") == 2.0
     assert rendezvous._replace(heartbeat_timeout=0.0).heartbeat_timeout_for("serve") is None
-    told, rest = Rendezvous.unpack(rendezvous._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
-    assert (told.heartbeat_timeout, told.failure_dir, rest) == (0.0, "/f", b"rest")
+    unpacked, rest = Rendezvous.unpack(rendezvous._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
+    assert (unpacked.heartbeat_timeout, unpacked.failure_dir, rest) == (0.0, "/f", b"rest")
     assert Rendezvous.unpack(rendezvous.pack(b""))[0] == rendezvous
 
 
@@ -338,9 +338,9 @@ def test_nonsense_is_refused_or_waited_for(data: bytes) -> None:
 
 
 def test_a_long_traceback_keeps_its_end_and_fits() -> None:
-    told = FailureReport(70, "load", 1, "é" * MAX_BODY + "the end").pack()
-    assert len(told) <= MAX_BODY
-    assert FailureReport.unpack(told).text.endswith("the end")
+    unpacked = FailureReport(70, "load", 1, "é" * MAX_BODY + "the end").pack()
+    assert len(unpacked) <= MAX_BODY
+    assert FailureReport.unpack(unpacked).text.endswith("the end")
     assert clip("short") == "short"
 
 

@@ -33,8 +33,8 @@ CONNECT = (
     + """
 listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
 meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-lookout = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, RankEvents(print, print))
-lookout.start()
+server = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, RankEvents(print, print))
+server.start()
 lines = [connect(meeting, rank)[0] for rank in range(1, ranks + 1)]
 print(len(lines), "ranks")
 """
@@ -59,7 +59,7 @@ def test_a_limit_that_suffices_is_left_alone() -> None:
     assert limited(PREPARE, 2048, 4096, RANKS).stdout == "2048 4096\n"
 
 
-def test_a_hard_limit_that_is_too_low_is_told_with_the_cure() -> None:
+def test_a_hard_limit_that_is_too_low_is_reported_with_the_cure() -> None:
     done = limited(PREPARE, 128, 300, RANKS)
     assert done.returncode == 64, done.stderr
     assert done.stdout.startswith("rank 0 may have 300 files open\n")

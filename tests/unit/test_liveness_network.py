@@ -46,7 +46,7 @@ def test_a_host_that_is_cut_off_is_lost_within_the_heartbeat_timeout(network: st
     assert (kind, seconds < 2 * HEARTBEAT) == ("lost", True), found
 
 
-def test_a_process_that_is_stopped_is_told_from_a_host_that_is_lost() -> None:
+def test_a_process_that_is_stopped_is_distinguished_from_a_host_that_is_lost() -> None:
     cause, code, text, seconds = on_two_hosts("4", HEARTBEAT, "stop")["rank 0"]
     assert (cause, code) == ("HEARTBEAT", 124)
     assert text.startswith("is stopped or stuck"), text

@@ -47,7 +47,7 @@ def test_rate_counts_what_came_after_the_first_token(tokens: int, rate: float | 
     assert answer.tokens_per_second == rate
 
 
-def test_a_refused_request_is_told_from_an_error() -> None:
+def test_a_refused_request_is_distinguished_from_an_error() -> None:
     with pytest.raises(RequestRefused) as caught:
         _refuse(400, '{"message":"too many tokens","type":"Bad Request","code":400}')
     assert (caught.value.exit_code, caught.value.problem) == (64, "the request was refused (400): too many tokens")

@@ -58,7 +58,7 @@ def test_a_taken_port_is_refused_before_anything_starts(capsys: pytest.CaptureFi
     assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
 
 
-def test_json_output_tells_failures_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_has_failures_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["local", "--mpirun", "no-such-mpirun", "--output", "json"]) == ExitCode.USAGE
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False

@@ -206,7 +206,7 @@ def test_a_child_that_is_stopped_takes_its_signal(tmp_path: Path) -> None:
         child.kill()
 
 
-def test_a_program_that_is_not_there_says_so(tmp_path: Path) -> None:
+def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     child = LoggedProcess("x", ["/no/such/program"], environment={}, log=tmp_path / "x.log")
     assert child.popen.wait() == 127
     assert child.last_lines(1) == ["cannot start /no/such/program: No such file or directory"]

@@ -71,7 +71,7 @@ def test_the_launcher_starts_every_rank_tethered() -> None:
     assert worker[:3] == (sys.executable, "-m", "dynamo_mpi.worker")
     assert values_after(worker, "--served-model-name") == ["a model"]
     assert values_after(command[: command.index("--")], "--rank-logs") == ["/run/ranks"]
-    assert "--parent" not in command  # a rank's parent is the launcher, whose id nobody knows yet
+    assert "--parent" not in command  # a rank's parent is the launcher, whose id isn't known yet
 
 
 @pytest.mark.parametrize(("role", "networks"), [("agg", []), ("prefill", ["127.0.0.1"]), ("decode", ["127.0.0.1"])])
@@ -100,7 +100,7 @@ def test_a_tethered_command_keeps_its_words() -> None:
 
 
 @pytest.mark.parametrize("root", [True, False])
-def test_open_mpi_is_told_about_root_only_when_it_is(root: bool) -> None:
+def test_open_mpi_gets_the_root_option_only_as_root(root: bool) -> None:
     assert ("OMPI_ALLOW_RUN_AS_ROOT" in mpi_environment(Path("/run"), root=root)) == root
 
 

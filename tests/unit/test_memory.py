@@ -210,7 +210,7 @@ def test_a_config_that_does_not_say_enough_gives_no_estimate() -> None:
     assert estimate(subject(replace(shape_of("DeepSeek-V4-Pro"), head_dim=None))) is None
 
 
-def test_a_kind_of_gpu_that_nobody_makes_is_refused() -> None:
+def test_a_kind_of_gpu_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match="no kind of GPU"):
         estimate(subject("Llama-3.1-8B", gpu="h900"))
 

@@ -63,7 +63,7 @@ def test_a_metric_without_values_and_a_label_without_text_are_left_out() -> None
     assert render([Metric("a", "gauge", "A.", (Sample(float("nan")),))]).endswith("\na NaN\n")
 
 
-def test_every_node_tells_the_worlds_phase() -> None:
+def test_every_node_publishes_the_worlds_phase() -> None:
     found = read(metrics_of(STATE._replace(world="warmup", metrics="more 1\n"), ready=False))
     assert found["dynamo_mpi_phase"] == {frozenset({("phase", name)}): float(name == "warmup") for name in PHASES}
     assert found["dynamo_mpi_ready"] == {frozenset(): 0.0}
@@ -113,7 +113,7 @@ def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
     assert found["dynamo_mpi_exit_code"] == {frozenset(): 70.0}
 
 
-def test_progress_is_told_in_words_where_ranks_differ() -> None:
+def test_progress_names_the_ranks_that_differ() -> None:
     at_it = PhaseProgress("load", 1, 4, 3, "n1", 12.4)
     assert describe_progress(at_it) == "1 of 4 ranks have finished, rank 3 on n1 has been loading for 12 s"
     assert describe_progress(at_it._replace(done=4)) == "4 of 4 ranks have finished, rank 3 on n1 took 12 s"
@@ -144,7 +144,7 @@ def test_the_file_is_renewed_and_whole_whenever_it_is_read(tmp_path: Path) -> No
     assert path.read_text().startswith("a 3\n")
 
 
-def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported_once(tmp_path: Path) -> None:
     said: list[str] = []
     file = MetricsFile(tmp_path / "none" / "w.txt", lambda: "a 1\n", said.append)
     file.on_phase("load")
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert "can't be written: No such file or directory" in missing
 
 
-def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
+def test_a_file_system_that_hangs_delays_nothing(tmp_path: Path) -> None:
     # to open it waits for a reader
     os.mkfifo(tmp_path / ".w.prom.partial")
     file = MetricsFile(tmp_path / "w.prom", lambda: "a 1\n", list[str]().append)

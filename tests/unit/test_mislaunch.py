@@ -37,7 +37,7 @@ MPICH_PMIX = MPICH.replace("--with-pm=hydra:gforker", "--with-pmi=pmix --with-pm
 LIBRARIES = {"openmpi4": OPENMPI_4, "openmpi5": OPENMPI_5, "mpich": MPICH, "mpich+pmix": MPICH_PMIX}
 
 Words = tuple[str, ...]
-"""Patterns that the message and its cure have to match; none: the launch is let through."""
+"""Patterns that the message and its cure must match; none: the launch is let through."""
 
 OK: Words = ()
 NO_PLUGIN: Words = ("4 tasks without an MPI plugin", r"fix: +srun --mpi=pmix", "--mpi=pmi2")
@@ -94,8 +94,8 @@ def test_the_table_is_complete() -> None:
 
 @pytest.mark.parametrize("library", list(LIBRARIES))
 @pytest.mark.parametrize("name", list(TABLE))
-def test_every_rank_of_a_launch_is_told_alike(name: str, library: str) -> None:
-    """All ranks have to refuse, or none: one that goes on alone waits for the others in MPI_Init."""
+def test_all_ranks_of_a_launch_get_the_same_launcher(name: str, library: str) -> None:
+    """All ranks must refuse, or none: one that goes on alone waits for the others in MPI_Init."""
     words = TABLE[name][list(LIBRARIES).index(library)]
     texts = [refusal(detect_launcher(environment), identify_mpi(LIBRARIES[library])) for environment in ranks_of(name)]
     assert len(set(texts)) == 1
@@ -143,7 +143,7 @@ def test_ranks_refuse_alike_when_only_some_nodes_hold_a_gap() -> None:
         ("", MpiLibrary("unknown", "")),
     ],
 )
-def test_libraries_are_told_apart(text: str, expected: MpiLibrary) -> None:
+def test_libraries_are_distinguished(text: str, expected: MpiLibrary) -> None:
     assert identify_mpi(text) == expected
 
 

@@ -115,7 +115,7 @@ def test_equal_workers_fit_wherever_their_files_are(folder: Path) -> None:
         ({"tokenizer": {"z": file("tiktoken.model", b"x")}}, "tiktoken.model missing here"),
     ],
 )
-def test_what_differs_is_told_with_both_values(changes: dict[str, Any], said: str, folder: Path) -> None:
+def test_what_differs_is_reported_with_both_values(changes: dict[str, Any], said: str, folder: Path) -> None:
     planned = PlannedCard("m", "aggregated", folder, None, 2048, 32)
     ((_, what),) = planned.unlike([card(**changes)])
     assert said in "; ".join(what)

@@ -141,7 +141,7 @@ def test_a_model_without_a_maker(tmp_path: Path) -> None:
     assert find_model("gpt2", {"HF_HUB_CACHE": str(tmp_path)}).name == "gpt2"
 
 
-def test_an_incomplete_download_is_told(tmp_path: Path) -> None:
+def test_an_incomplete_download_is_reported(tmp_path: Path) -> None:
     environ = {"HF_HUB_CACHE": str(tmp_path)}
     folder = tmp_path / f"models--{HUB_ID.replace('/', '--')}"
     folder.mkdir()
@@ -157,7 +157,7 @@ def test_an_incomplete_download_is_told(tmp_path: Path) -> None:
     assert "config.json can't be read: No such file" in refused(HUB_ID, environ).problem
 
 
-def test_a_hub_id_that_is_not_in_the_cache_is_told_how_to_get_it(tmp_path: Path) -> None:
+def test_a_hub_id_that_is_not_in_the_cache_is_refused_with_how_to_get_it(tmp_path: Path) -> None:
     error = refused(HUB_ID, {"HF_HOME": str(tmp_path)})
     assert str(tmp_path / "hub") in error.problem
     assert f"hf download {HUB_ID}" in error.fix

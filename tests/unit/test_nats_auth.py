@@ -40,7 +40,7 @@ def ask(url: str, environ: dict[str, str], installed: tuple[int, ...] | None = N
 
 
 def refusal(url: str, environ: dict[str, str]) -> str:
-    """Return what a worker is told that NATS must not take; no secret may be in it."""
+    """Return what a worker gets that NATS must not take; no secret may be in it."""
     trouble = ask(url, environ)
     assert trouble is not None
     assert trouble.refused, trouble
@@ -203,7 +203,7 @@ def test_over_tls_in_both_directions_ours_is_too(both_ways: str, files: Certific
     assert "NATS_TLS_CLIENT_CERT_PATH" in text
 
 
-def test_a_certificate_that_has_expired_says_so(tmp_path: Path) -> None:
+def test_an_expired_certificate_is_reported(tmp_path: Path) -> None:
     old = make_certificates(tmp_path / "old", ("127.0.0.1",), datetime(2010, 1, 1, tzinfo=timezone.utc))
     # the authority has expired as well, so its own server is not to be believed either
     new = certificates(tmp_path / "new")

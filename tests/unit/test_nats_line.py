@@ -94,7 +94,7 @@ def test_a_nats_that_comes_late_gets_what_has_waited(line: Make, said: list[str]
         ours.send(message(number))
     begin = time.monotonic()
     ours.flush(10)
-    assert time.monotonic() - begin < 1, "nobody waits for a NATS that is away"
+    assert time.monotonic() - begin < 1, "nothing waits for a NATS that is away"
     with running_nats(port=port) as url, listening_to(url) as heard:
         eventually(lambda: len(heard.messages) == MOST)
         assert [body for _, body in heard.messages] == list(range(50, MOST + 50)), "the oldest have gone"
@@ -202,7 +202,7 @@ def test_with_credentials(line: Make, config: str, environ: dict[str, str], who:
         eventually(lambda: heard.messages == [(SUBJECT, 1)])
 
 
-def test_wrong_credentials_are_told_without_them(line: Make, said: list[str]) -> None:
+def test_wrong_credentials_are_reported_without_them(line: Make, said: list[str]) -> None:
     with running_nats('authorization { token: "right" }') as url:
         line(url, **TOKEN)
         eventually(lambda: len(said) == 1)

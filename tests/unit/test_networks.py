@@ -313,7 +313,7 @@ def test_routes(tmp_path: Path) -> None:
     assert host_networks(proc=str(tmp_path)).namespace == ""
 
 
-def test_a_kernel_that_tells_nothing_leaves_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_the_information_gives_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(question: int) -> None:
         raise OSError(question)
 
@@ -324,13 +324,13 @@ def test_a_kernel_that_tells_nothing_leaves_an_empty_list(monkeypatch: pytest.Mo
 # -- rank 0 -----------------------------------------------------------------------------------------------------------------
 
 
-def card(one: HostNetworks, *, tells: bool = True) -> RankReport:
-    return RankReport(one.host, "", "1.0", (), networks=one.pack() if tells else ())
+def card(one: HostNetworks, *, reports: bool = True) -> RankReport:
+    return RankReport(one.host, "", "1.0", (), networks=one.pack() if reports else ())
 
 
 def test_where_all_ranks_are_on_one_host_nothing_is_chosen() -> None:
     n1, n2 = host("n1", eth(1)), host("n2", eth(2))
-    assert choose_rank0_address([card(n1), card(n1, tells=False)], None) is None
+    assert choose_rank0_address([card(n1), card(n1, reports=False)], None) is None
     # two names, one network namespace
     assert choose_rank0_address([card(n1), card(n2._replace(namespace=n1.namespace))], None) is None
 
@@ -348,7 +348,7 @@ def test_the_ranks_of_several_hosts_meet(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(reach, "known_address", lambda: "")
     n1, n2 = host("n1", eth(1)), host("n2", eth(2))
     # rank 0 isn't the first of its node
-    choice = choose_rank0_address([card(n1, tells=False), card(n2), card(n1)], None)
+    choice = choose_rank0_address([card(n1, reports=False), card(n2), card(n1)], None)
     assert choice is not None
     assert choice.address == "10.1.0.1"
 
@@ -368,7 +368,7 @@ def test_the_ranks_of_several_hosts_meet(monkeypatch: pytest.MonkeyPatch) -> Non
         ((Interface("eth0", ("fd00::1/64",)),), (), [], {"DYN_TCP_RPC_HOST": "[fd00::1]"}),
     ],
 )
-def test_what_the_runtime_is_told_on_one_host(
+def test_what_the_runtime_gets_on_one_host(
     monkeypatch: pytest.MonkeyPatch,
     links: tuple[Interface, ...],
     routes: tuple[str, ...],
@@ -391,7 +391,7 @@ def test_what_the_runtime_is_told_on_one_host(
     ("etcd", "address"),
     [("http://localhost:2379", "10.9.0.1"), ("http://10.9.3.3:2379", "10.9.0.1"), ("10.1.0.7", "10.1.0.1")],
 )
-def test_what_the_runtime_is_told_on_several_hosts(monkeypatch: pytest.MonkeyPatch, etcd: str, address: str) -> None:
+def test_what_the_runtime_gets_on_several_hosts(monkeypatch: pytest.MonkeyPatch, etcd: str, address: str) -> None:
     own = host("n1", eth(1), ib(1), routes=DEFAULT)
     choice = choose([own, host("n2", eth(2), ib(2))], "")
     monkeypatch.setattr(reach, "host_networks", lambda: own)

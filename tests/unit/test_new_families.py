@@ -196,7 +196,7 @@ def test_an_unknown_kind_of_layer_is_never_unquantised(tmp_path: Path, capsys: p
     assert "D9" not in rules(report)
 
 
-def test_r9_kv_heads_of_global_layers_are_copied_and_said_so(check: Check) -> None:
+def test_r9_kv_heads_of_global_layers_are_reported_as_copied(check: Check) -> None:
     code, report = check.run(
         "Gemma-4-26B-A4B-NVFP4", {"tensor_parallel_size": 4}, "--gpus-per-node", "4", "--gpu", "b200"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a node agent ends its ranks where what it has to say can't be written down."""
+"""How a node agent ends its ranks where its report can't be written."""
 
 from __future__ import annotations
 

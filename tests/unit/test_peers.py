@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is whose peer, and what whoever comes second is told."""
+"""Who is whose peer, and what the second worker sees."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_peers_are_the_other_roles_worlds_of_the_same_model_and_namespace() -> N
         ({"num_layers": 32}, {"num_layers": 40}, "I1"),
     ],
 )
-def test_whoever_comes_second_is_told_both_values_in_either_order(
+def test_a_second_worker_sees_both_values_in_either_order(
     prefill: dict[str, Any], decode: dict[str, Any], rule: str
 ) -> None:
     sides = world("prefill", prefill), world("decode", decode)
@@ -67,10 +67,10 @@ def test_two_engines_make_no_pair() -> None:
 def test_a_peer_that_fits_refuses_nothing_and_what_is_only_advice_is_said() -> None:
     long, short = world("prefill", {"max_seq_len": 9000}), world("decode", {"max_seq_len": 8000})
     assert incompatibility(short, [posted(long, 1)], 30) == ""
-    (told,) = warnings(short, [posted(long, 1)])
-    assert told.startswith("fits the prefill worker on prefill1, prefill2 (job 12.0)")
-    assert "warning I8" in told
-    assert "prefill 9000, decode 8000" in told
+    (message,) = warnings(short, [posted(long, 1)])
+    assert message.startswith("fits the prefill worker on prefill1, prefill2 (job 12.0)")
+    assert "warning I8" in message
+    assert "prefill 9000, decode 8000" in message
     assert warnings(short, [posted(world(), 1)])[0].endswith("phase preflight")
 
 

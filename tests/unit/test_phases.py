@@ -68,7 +68,7 @@ def test_a_voice_can_say_what_no_utf_8_can(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == "dynamo_mpi: rank 0 on n1: file ? …\n"
 
 
-def test_a_voice_that_nobody_hears_does_not_fail() -> None:
+def test_a_log_writer_without_a_reader_does_not_fail() -> None:
     reading, writing = os.pipe()
     saved = os.dup(2)
     try:

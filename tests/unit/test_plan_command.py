@@ -127,9 +127,9 @@ def test_a_yaml_keeps_what_it_was_made_from(
         found = main(["check", "--model", str(tmp_path), "--engine-config", str(engine), *nodes, *words])
         report = json.loads(capsys.readouterr().out)
         assert (report["layout"], report["memory"]) == (made["layout"], made["memory"]), made["name"]
-        told = [finding["rule"] for finding in report["findings"] if finding["severity"] == "error"]
+        reported = [finding["rule"] for finding in report["findings"] if finding["severity"] == "error"]
         too_large = any(stage["weights_bytes"] > made["memory"]["gpu_bytes"] for stage in made["memory"]["stages"])
-        assert (found, told) == ((78, ["J"]) if too_large else (0, [])), made["name"]
+        assert (found, reported) == ((78, ["J"]) if too_large else (0, [])), made["name"]
         assert not too_large or made["fits"] is False
 
 
@@ -163,7 +163,7 @@ def test_a_plan_repeats_what_was_asked(
         ("cache_transceiver_config: {backend: PIGEON}\n", "H", 65),
     ],
 )
-def test_what_no_layout_mends_is_told_above_the_table_and_decides_the_code(
+def test_what_no_layout_fixes_is_above_the_table_and_decides_the_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, rule: str, expected: int
 ) -> None:
     engine = tmp_path / "asked.yaml"
@@ -184,7 +184,7 @@ def test_where_nothing_fits_it_is_said_what_would(tmp_path: Path, capsys: pytest
     assert "by estimate none fits" in out
     assert "it fits on 2 nodes x 8 GPUs: " in out
     assert "srun" not in out and "engine.yaml" not in out
-    # weights fit, and by estimate the cache doesn't: told, and no error
+    # weights fit, and by estimate the cache doesn't: reported, and no error
     code, out, _ = run(capsys, tmp_path, "DeepSeek-R1", "--gpus", "8", "--gpu", "h100")
     assert (code, "none fits" in out, "srun" in out) == (0, True, False)
     # too much for the most nodes that are looked at

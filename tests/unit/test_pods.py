@@ -84,7 +84,7 @@ def test_a_pod_starts_nothing_but_a_daemon(daemon: object, arguments: object) ->
         refuse_other_than_daemon(daemon, arguments)
 
 
-async def _meet(theirs: bytes, index: int = 1) -> tuple[object, object, Channel | None, Channel | None]:
+async def _connect_pair(theirs: bytes, index: int = 1) -> tuple[object, object, Channel | None, Channel | None]:
     let_in: asyncio.Future[tuple[Channel, int, str] | None] = asyncio.get_running_loop().create_future()
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -115,13 +115,13 @@ async def _meet(theirs: bytes, index: int = 1) -> tuple[object, object, Channel 
 
 
 def test_who_knows_the_secret_comes_in_and_both_hear_each_other() -> None:
-    said, who, _, _ = asyncio.run(asyncio.wait_for(_meet(SECRET), 20))
+    said, who, _, _ = asyncio.run(asyncio.wait_for(_connect_pair(SECRET), 20))
     assert said == ({"stop": 15}, {"end": 3})
     assert who == (1, "lws-0-1")
 
 
 def test_who_does_not_is_refused_on_both_sides() -> None:
-    refused, who, _, _ = asyncio.run(asyncio.wait_for(_meet(b"another secret, as long"), 20))
+    refused, who, _, _ = asyncio.run(asyncio.wait_for(_connect_pair(b"another secret, as long"), 20))
     assert isinstance(refused, AuthorizationError)
     assert who is None
 
@@ -143,7 +143,7 @@ def lead_settings(mpirun: str, pods: int, timeout: float) -> LeadSettings:
 
 
 async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], object] = lambda: None) -> list[object]:
-    """Return how the leader ends, and what a pod that has joined is told; ``ready`` is called once that has."""
+    """Return how the leader ends, and what a pod that has joined receives; ``ready`` is called once that has."""
     joined = asyncio.Event()
     leading = asyncio.ensure_future(
         LeaderPod(settings, folder, lambda text: joined.set() if "joined: " in text else None).run()
@@ -163,9 +163,9 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
         ended: object = await leading
     except DynamoMpiError as error:
         ended = error
-    told = await channel.receive()
+    message = await channel.receive()
     await channel.close()
-    return [ended, told]
+    return [ended, message]
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
 def test_the_others_leave_with_the_code_of_what_keeps_the_leader_from_starting(
     mpirun: str, pods: int, kind: type[DynamoMpiError], code: int, tmp_path: Path
 ) -> None:
-    ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(mpirun, pods, 0.5), tmp_path), 20))
+    ended, message = asyncio.run(asyncio.wait_for(_end_of(lead_settings(mpirun, pods, 0.5), tmp_path), 20))
     assert isinstance(ended, kind)
     assert ended.exit_code == code
-    assert told == {"end": code}
+    assert message == {"end": code}
 
 
 def test_a_pod_joins_beside_hundreds_of_idle_connections(tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_a_signal_that_comes_while_mpirun_starts_is_not_lost(tmp_path: Path, mon
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
     endless = f"{sys.executable} -c 'import time; time.sleep(60)'"
-    ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(endless, 2, 10), tmp_path), 20))
-    assert (ended, told) == (143, {"end": 143})
+    ended, message = asyncio.run(asyncio.wait_for(_end_of(lead_settings(endless, 2, 10), tmp_path), 20))
+    assert (ended, message) == (143, {"end": 143})
 
 
 def test_ranks_of_a_daemon_that_was_killed_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_ranks_of_a_daemon_that_was_killed_do_not_stay(tmp_path: Path, monkeypat
     asyncio.run(asyncio.wait_for(end(), 20))
 
 
-def test_a_folder_whose_path_is_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 110)
     folder.mkdir()
     with pytest.raises(UsageError, match="TMPDIR"):
@@ -311,7 +311,7 @@ def test_a_pod_knows_its_place_by_lws_or_by_its_name(tmp_path: Path) -> None:
         (["--leader", "x", "--nonsense"], SECRET, "Unrecognized arguments: --nonsense"),
     ],
 )
-def test_what_a_pod_cannot_do_without_is_told(
+def test_what_a_pod_cannot_do_without_is_reported(
     words: list[str], content: bytes | None, said: str, tmp_path: Path
 ) -> None:
     environ = {}

@@ -48,7 +48,7 @@ def presence() -> Iterator[RecordPublisher]:
     presence.unpublish()
 
 
-def told(url: str) -> WorkerRecord:
+def record_at(url: str) -> WorkerRecord:
     etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
         (stored,) = list_workers(etcd)[0]
@@ -57,7 +57,7 @@ def told(url: str) -> WorkerRecord:
         etcd.close()
 
 
-def tell(presence: RecordPublisher) -> None:
+def publish(presence: RecordPublisher) -> None:
     presence.on_requests_in_flight(2)
     presence.on_progress(PhaseProgress("preflight", 1, 8, 3, "n2", 0.5))
 
@@ -69,25 +69,25 @@ def said(record: WorkerRecord) -> tuple[Any, ...]:
 ALL = (2, Progress(1, 8, 3, "n2", 0.5), "http://n1:9090", "00-ab-cd-01")
 
 
-def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presence: RecordPublisher) -> None:
+def test_what_is_published_later_is_there_soon(etcd: str, settings: Settings, presence: RecordPublisher) -> None:
     presence.publish(settings, {"ETCD_ENDPOINTS": etcd})
-    assert said(told(etcd)) == (None, None, "http://n1:9090", "00-ab-cd-01")
-    tell(presence)
+    assert said(record_at(etcd)) == (None, None, "http://n1:9090", "00-ab-cd-01")
+    publish(presence)
     end = time.monotonic() + 5
-    while said(told(etcd)) != ALL:
+    while said(record_at(etcd)) != ALL:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def test_without_etcd_it_may_be_told_all_the_same(settings: Settings, presence: RecordPublisher) -> None:
+def test_without_etcd_it_may_be_given_as_an_option(settings: Settings, presence: RecordPublisher) -> None:
     with closed_port() as port:
         presence.publish(settings, {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
-    tell(presence)
+    publish(presence)
     presence.on_phase("load")
     presence.unpublish()
 
 
-def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
+def test_a_password_is_refused_where_none_is_asked_for_or_it_is_wrong(
     settings: Settings, presence: RecordPublisher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with running_etcd() as url:

@@ -48,8 +48,8 @@ def ask(
     return check_connectivity(environ, plane, timeout)
 
 
-def trouble(*endpoints: str, nats: str = "") -> str:
-    """Return what a probe that must fail says; it has to end in time."""
+def refusal(*endpoints: str, nats: str = "") -> str:
+    """Return what a probe that must fail says; it must end in time."""
     start = time.monotonic()
     with pytest.raises(DiscoveryError) as caught:
         ask(*endpoints, nats=nats)
@@ -107,9 +107,9 @@ def test_dead_endpoints_come_last(etcd: str) -> None:
         assert ask(local(dead), local(silent), etcd, local(dead)) == [etcd, local(dead), local(silent), local(dead)]
 
 
-def test_nobody_listens() -> None:
+def test_no_listener() -> None:
     with closed_port() as port:
-        text = trouble(local(port))
+        text = refusal(local(port))
     assert f"127.0.0.1:{port}" in text
     assert "connection refused" in text
     assert "ETCD_ENDPOINTS" in text
@@ -117,14 +117,14 @@ def test_nobody_listens() -> None:
 
 def test_every_dead_endpoint_is_named() -> None:
     with closed_port() as first, closed_port() as second:
-        text = trouble(local(first), local(second))
+        text = refusal(local(first), local(second))
     assert f"127.0.0.1:{first}" in text
     assert f"127.0.0.1:{second}" in text
 
 
 def test_one_that_accepts_and_never_answers() -> None:
     with listening() as port:
-        assert "no answer in time" in trouble(local(port))
+        assert "no answer in time" in refusal(local(port))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_one_that_accepts_and_never_answers() -> None:
 )
 def test_one_that_answers_drop_by_drop_does_not_hold_the_probe(text: bytes) -> None:
     with listening(drip(text, TIMEOUT / 4)) as port:
-        trouble(local(port))
+        refusal(local(port))
         # nor does it keep a thread of ours for as long as it likes
         for thread in threading.enumerate():
             if thread.name == "probe":
@@ -158,24 +158,24 @@ HTML = b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 9\
 )
 def test_something_else_listens_in_etcds_place(text: bytes) -> None:
     with listening(reply(text)) as port:
-        assert "something else than etcd" in trouble(local(port))
+        assert "something else than etcd" in refusal(local(port))
 
 
 def test_etcd_given_natss_port_and_the_reverse(etcd: str, nats: str) -> None:
-    assert "something else than etcd" in trouble(nats.replace("nats:", "http:"))
-    assert "NATS does not answer" in trouble(etcd, nats=etcd.replace("http:", "nats:"))
+    assert "something else than etcd" in refusal(nats.replace("nats:", "http:"))
+    assert "NATS does not answer" in refusal(etcd, nats=etcd.replace("http:", "nats:"))
 
 
 def test_one_that_hangs_up() -> None:
     with listening(reply(b"")) as port:
-        assert "does not answer" in trouble(local(port))
+        assert "does not answer" in refusal(local(port))
 
 
 def test_an_etcd_that_is_not_healthy_says_why() -> None:
     body = json.dumps({"health": "false", "reason": "ALARM NOSPACE"}).encode()
     answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     with listening(reply(answer)) as port:
-        assert "ALARM NOSPACE" in trouble(local(port))
+        assert "ALARM NOSPACE" in refusal(local(port))
 
 
 @contextlib.contextmanager
@@ -195,14 +195,14 @@ def black_hole(host: str) -> Iterator[int]:
 
 def test_a_host_that_swallows_packets() -> None:
     with black_hole("127.0.0.1") as port:
-        assert "no answer in time" in trouble(local(port))
+        assert "no answer in time" in refusal(local(port))
 
 
 def test_a_name_with_several_dead_addresses_is_no_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with black_hole("127.0.0.1") as port:
         address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [address] * 20)
-        assert "no answer in time" in trouble("http://many.example:2379")
+        assert "no answer in time" in refusal("http://many.example:2379")
 
 
 def test_a_name_server_that_does_not_answer_is_no_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_a_name_server_that_does_not_answer_is_no_longer_wait(monkeypatch: pytes
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     try:
-        assert "no answer in time" in trouble("http://slow.example:2379")
+        assert "no answer in time" in refusal("http://slow.example:2379")
     finally:
         released.set()
 
@@ -225,12 +225,12 @@ def test_an_unknown_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert "name or service not known" in trouble("http://nowhere.example:2379")
+    assert "name or service not known" in refusal("http://nowhere.example:2379")
 
 
 def test_nats_absent(etcd: str) -> None:
     with closed_port() as port:
-        text = trouble(etcd, nats=local(port, "nats"))
+        text = refusal(etcd, nats=local(port, "nats"))
     assert "NATS does not answer" in text
     assert "connection refused" in text
     assert "leave NATS_SERVER unset" in text
@@ -247,10 +247,10 @@ def test_nats_absent(etcd: str) -> None:
 )
 def test_something_else_in_natss_place(etcd: str, behave: Callable[[socket.socket], None], words: str) -> None:
     with listening(behave) as port:
-        assert words in trouble(etcd, nats=local(port, "nats"))
+        assert words in refusal(etcd, nats=local(port, "nats"))
 
 
-def test_a_dead_nats_is_nobodys_business_on_the_tcp_plane(etcd: str) -> None:
+def test_a_dead_nats_does_not_matter_on_the_tcp_plane(etcd: str) -> None:
     assert ask(etcd) == [etcd]
 
 
@@ -275,7 +275,7 @@ SECRETS = ("hunter2", "p%40ss")
 def test_credentials_in_an_address_are_never_shown(etcd: str, secret: str) -> None:
     with closed_port() as dead:
         texts = [
-            trouble(f"http://root:{secret}@127.0.0.1:{dead}"),
+            refusal(f"http://root:{secret}@127.0.0.1:{dead}"),
         ]
         with pytest.raises(UsageError, match="NATS_AUTH_USERNAME") as in_nats:
             ask(etcd, nats=f"nats://me:{secret}@127.0.0.1:{dead}")
@@ -348,7 +348,7 @@ def secured(files: Certificates) -> Iterator[str]:
 def test_etcd_over_tls_is_shown_our_certificate(secured: str, files: Certificates) -> None:
     environ = files.client_environment()
     assert check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10) == [secured]
-    assert "certificate" in trouble(secured)
+    assert "certificate" in refusal(secured)
 
 
 def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, files: Certificates, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_credentials_that_are_none_are_a_usage_error(files: Certificates, secure
 
 def test_a_silent_listener_in_tlss_place() -> None:
     with listening() as port:
-        assert "no answer in time" in trouble(local(port, "https"))
+        assert "no answer in time" in refusal(local(port, "https"))
 
 
 @pytest.mark.parametrize("authority", ["garbage", "gärbage", "/etc/ssl/ca.pem"])

@@ -84,7 +84,7 @@ def test_a_plan_travels_as_text() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 6))
-def test_every_pair_comes_once_and_nobody_is_in_two_at_a_time(nodes: int, per_node: int) -> None:
+def test_every_pair_comes_once_and_no_rank_is_in_two_at_a_time(nodes: int, per_node: int) -> None:
     some = plan(nodes, per_node)
     steps = [step for step in steps_of(some) if step.operation == EXCHANGE]
     pairs = [frozenset(group) for step in steps for group in step.groups]
@@ -126,7 +126,9 @@ def test_experts_take_the_all_to_all() -> None:
 
 
 @given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 300))
-def test_a_message_is_told_from_every_other_and_from_itself_shifted(source: int, target: int, words: int) -> None:
+def test_a_message_is_distinguished_from_every_other_and_from_itself_shifted(
+    source: int, target: int, words: int
+) -> None:
     size = 4 * (words + 61)
     message = outgoing(source, target, size)
     assert message == expected(source, target, size)
@@ -259,7 +261,7 @@ def test_a_collective_over_a_node_that_is_cut_off_names_the_node() -> None:
     assert "look at the network of n3 " in found.fix
 
 
-def test_what_comes_before_a_collective_is_told_as_such() -> None:
+def test_what_comes_before_a_collective_is_reported_as_such() -> None:
     notes = {rank: WaitState(2, 0, tuple({0, 1, 2, 3} - {rank})) for rank in range(4)}
     assert (
         find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named).message
@@ -267,7 +269,7 @@ def test_what_comes_before_a_collective_is_told_as_such() -> None:
     )
 
 
-def test_nccl_that_does_not_start_is_told_as_such() -> None:
+def test_nccl_that_does_not_start_is_reported_as_such() -> None:
     found = find_blocking_ranks(
         {0: WaitState(START, 0, (1,)), 1: WaitState(START, 0, (0,))}, [], STEPS, HOSTS, 5, named
     )
@@ -281,7 +283,7 @@ def test_nccl_that_does_not_start_is_told_as_such() -> None:
 def world(
     some: HardwareCheckPlan, rates: dict[frozenset[str], float], usual: float = 40 * GB, **changes: object
 ) -> list[FabricAnswer]:
-    """Return what ranks would tell of a world whose nodes reach each other at ``usual`` bytes a second, and as ``rates`` says otherwise."""
+    """Return what ranks would report of a world whose nodes reach each other at ``usual`` bytes a second, and as ``rates`` says otherwise."""
     hosts = [place.host for place in places(some)]
     answers = []
     for rank in range(len(hosts)):
@@ -336,7 +338,7 @@ def test_over_mpi_what_is_fast_enough_is_not_slow() -> None:
     assert findings(some, world(some, {frozenset({"n2", "n3"}): 0.02 * GB}))[0][0] == "N3"
 
 
-def test_a_group_that_is_slow_among_its_like_is_told() -> None:
+def test_a_group_that_is_slow_among_its_like_is_reported() -> None:
     some = plan(4, 2, tp=2)
     answers = world(some, {})
     step = next(step for step in steps_of(some) if step.operation == ALL_REDUCE)
@@ -388,7 +390,7 @@ def test_a_probe_that_was_ended_says_between_whom_unless_a_process_had_gone() ->
     ]
 
 
-def test_two_gpus_below_what_their_link_allows_are_told_where_it_is_known() -> None:
+def test_two_gpus_below_what_their_link_allows_are_reported_where_it_is_known() -> None:
     some = plan(1, 2)
     slow, fine = world(some, {}, usual=20 * GB), world(some, {}, usual=250 * GB)
     assert findings(some, slow) == []
@@ -403,10 +405,10 @@ def test_two_gpus_below_what_their_link_allows_are_told_where_it_is_known() -> N
     assert least_rate("l4", 4, None) is None
 
 
-def test_sockets_beside_infiniband_are_told_between_nodes_alone() -> None:
+def test_sockets_beside_infiniband_are_reported_between_nodes_alone() -> None:
     for some, expected_rules in ((plan(2, 1), ["N6"]), (plan(1, 2), [])):
-        told = world(some, {}, network="Socket", cards=True)
-        assert [rule for rule, _ in findings(some, told)] == expected_rules
+        measured = world(some, {}, network="Socket", cards=True)
+        assert [rule for rule, _ in findings(some, measured)] == expected_rules
     some = plan(2, 1)
     assert findings(some, world(some, {}, network="IB", cards=True)) == []
     assert findings(some, world(some, {}, network="Socket", cards=False)) == []
@@ -442,7 +444,7 @@ def test_figures_are_few_whatever_the_size() -> None:
 
 
 class Child:
-    """Says what it is told to, as `CheckProcess` does."""
+    """Answers what the test sets, as `CheckProcess` does."""
 
     def __init__(self, *lines: str | Exception) -> None:
         self.lines = [*lines]
@@ -477,7 +479,7 @@ def test_a_child_that_hangs_says_where() -> None:
     assert (failed.state, failed.text) == (FAILED, "ncclSend: unhandled system error")
 
 
-def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_fork_reports_it_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: object, **__: object) -> NoReturn:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -545,10 +547,10 @@ class Driver:
 
 
 class Mirror:
-    """A GPU, its library and its driver, with peers that say what they are told to."""
+    """A GPU, its library and its driver, with peers that send what the test sets."""
 
-    def __init__(self, told: int) -> None:
-        self.told, self.stream, self.sent, self.got = told, c_void_p(), c_uint64(0), c_uint64(64)
+    def __init__(self, sent_by_peer: int) -> None:
+        self.sent_by_peer, self.stream, self.sent, self.got = sent_by_peer, c_void_p(), c_uint64(0), c_uint64(64)
         self.memory, self.host = bytearray(128), bytearray(64)
         self.cuda = self.nccl = self
 
@@ -565,11 +567,11 @@ class Mirror:
         for peer, sent, got, size in parts:
             assert size == 4
             mine = self.memory[sent : sent + 4]
-            self.memory[got : got + 4] = mine if peer == 0 else self.told.to_bytes(4, "little")
+            self.memory[got : got + 4] = mine if peer == 0 else self.sent_by_peer.to_bytes(4, "little")
 
     def minimum(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
         mine = int.from_bytes(self.memory[sent.value : sent.value + 4], "little")
-        self.memory[got.value : got.value + 4] = min(mine, self.told).to_bytes(4, "little")
+        self.memory[got.value : got.value + 4] = min(mine, self.sent_by_peer).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("operation", [EXCHANGE, ALL_REDUCE, ALL_TO_ALL])
@@ -594,7 +596,7 @@ def test_memory_is_as_it_was_made_before_a_stream_goes_on() -> None:
     assert driver.calls == ["cuMemcpyHtoD_v2", "cuCtxSynchronize", "cuMemsetD8_v2", "cuCtxSynchronize"]
 
 
-# what the host tells
+# what the host reports
 
 
 def test_segments_are_read_by_their_names(tmp_path: Path) -> None:

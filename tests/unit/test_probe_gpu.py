@@ -159,15 +159,15 @@ def test_memory_of_an_earlier_step_is_waited_for(describe: Describe) -> None:
     assert health.facts.used_bytes == 0
 
 
-def test_memory_that_nobody_gives_back_is_told_with_who_holds_it(describe: Describe) -> None:
+def test_memory_that_is_not_given_back_is_reported_with_its_holder(describe: Describe) -> None:
     describe({}, {"free": SIZE - 20 * GIB, "used": 20 * GIB, "processes": [[42, 20 * GIB]]})
-    told = [health_of_rank(rank, {}, is_busy, time.monotonic() + 0.1).pack() for rank in (0, 1)]
+    reported = [health_of_rank(rank, {}, is_busy, time.monotonic() + 0.1).pack() for rank in (0, 1)]
     plan = HardwareCheckPlan(("gpu",), 1.0, "nccl")
-    outcome = judge(told, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 10 * GIB)))
+    outcome = judge(reported, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 10 * GIB)))
     (found,) = outcome.findings
     assert (found.rule, found.severity) == ("V2", Severity.WARNING)
     assert "rank 1 on n1, GPU 1: 60.0 GiB of 80.0 GiB free; pid 42 holds 20.0 GiB" in found.found
-    (full,) = judge(told, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 70 * GIB))).findings
+    (full,) = judge(reported, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 70 * GIB))).findings
     assert (full.rule, full.severity) == ("V2", Severity.ERROR)
     assert outcome.figures["free_mib"] == [60 * 1024, 80 * 1024]
 
@@ -181,7 +181,7 @@ def test_memory_that_nobody_gives_back_is_told_with_who_holds_it(describe: Descr
         ("NVIDIA H100 PCIe", 0, False),
     ],
 )
-def test_cards_that_bridges_join_are_told_from_a_switch(name: str, links: int, bridged: bool) -> None:
+def test_cards_that_bridges_join_are_distinguished_from_a_switch(name: str, links: int, bridged: bool) -> None:
     """Of those, some pairs have no NVLink between them."""
     health = GpuHealth(GpuFacts(0, "GPU-0", name, 90), links_up=links, links=links)
     assert figures_of([health, health]).get("bridged", False) is bridged
@@ -205,9 +205,11 @@ WELL = GpuHealth(
 )
 
 
-def rules(*told: GpuHealth) -> list[tuple[str, str, str]]:
-    places = [Place(f"n{at // 2 + 1}") for at in range(len(told))]
-    findings = judge([one.pack() for one in told], EvaluationInput(HardwareCheckPlan(("gpu",), 1.0), places)).findings
+def rules(*reported: GpuHealth) -> list[tuple[str, str, str]]:
+    places = [Place(f"n{at // 2 + 1}") for at in range(len(reported))]
+    findings = judge(
+        [one.pack() for one in reported], EvaluationInput(HardwareCheckPlan(("gpu",), 1.0), places)
+    ).findings
     return [(found.severity.value, found.rule, found.message) for found in findings]
 
 
@@ -302,9 +304,9 @@ def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> No
 
     fine = Report((), {"seconds": 1.25}, ("gpu: 2 of 2 GPUs read", "fabric: fine"))
     assert (fine.text, fine.error) == ("probe: 1.2 s; gpu: 2 of 2 GPUs read; fabric: fine", None)
-    told = fine._replace(findings=(warning("V9", "it has to be recovered"),))
-    assert told.error is None
-    assert "warning V9: it has to be recovered" in told.text
+    reported = fine._replace(findings=(warning("V9", "it has to be recovered"),))
+    assert reported.error is None
+    assert "warning V9: it has to be recovered" in reported.text
     for rule, given, code in (("V9", 75, 75), ("N1", 75, 75), ("V2", 64, 64), ("N2", 75, 124)):
         found = fine._replace(findings=(error(rule, "so it is"),), code=ExitCode(given)).error
         assert found is not None

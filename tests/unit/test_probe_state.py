@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What probes are told, by what a rank has told."""
+"""What probes answer, by what a rank has reported."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from dynamo_mpi.telemetry.health_client import HealthClient
 from dynamo_mpi.telemetry.health_service import HealthService
 from dynamo_mpi.telemetry.health_state import HealthState
 from tests.conftest import ROOT
-from tests.unit.test_liveness import Watchtower, heard
+from tests.unit.test_liveness import WatchedServer, received
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ PROMPT = 10.0
 
 
 def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
+    """Return whether a process has ended, also if no other has fetched its exit code yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -83,7 +83,7 @@ class Node:
             reply = connection.getresponse()
             return reply.status, reply.read(), dict(reply.getheaders())
 
-    def says(self, path: str, status: int, /, **content: Any) -> dict[str, Any]:
+    def answers(self, path: str, status: int, /, **content: Any) -> dict[str, Any]:
         """Wait until it answers this."""
         end = time.monotonic() + PROMPT
         while True:
@@ -134,54 +134,54 @@ def end(node: Node) -> None:
     assert node.has_ended()
 
 
-def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
-    tower = Watchtower()
-    node.says("/live", 200, phase="environment")
+def test_a_follower_publishes_the_state_of_the_world(node: Node) -> None:
+    watched = WatchedServer()
+    node.answers("/live", 200, phase="environment")
     node.do("begin mpi_init")
-    found = node.says("/health", 503, phase="mpi_init", rank=2, host="n2", status="notready")
+    found = node.answers("/health", 503, phase="mpi_init", rank=2, host="n2", status="notready")
     assert (found["waits_for"], found["pid"]) == ("all ranks of all nodes to start MPI", node.process.pid)
-    node.do(f"join {tower.rendezvous.pack(b'').hex()}")
+    node.do(f"join {watched.rendezvous.pack(b'').hex()}")
     node.do("begin load")
-    node.says("/health", 503, phase="load", role="decode")
+    node.answers("/health", 503, phase="load", role="decode")
     # this rank is through, the world isn't
     node.do("begin serve")
-    node.says("/health", 503, phase="load", rank_phase="serve")
+    node.answers("/health", 503, phase="load", rank_phase="serve")
     for phase, status in (("warmup", 503), ("serve", 200), ("drain", 503)):
-        tower.server.broadcast(Frame(FrameType.PHASE, phase.encode()))
-        node.says("/health", status, phase=phase)
-        assert node.says("/live", 200)["endpoints"] == {}
-    tower.server.announce_abort(70)
-    assert node.says("/live", 503)["error"] == "rank 0 on n0 ends the world"
+        watched.server.broadcast(Frame(FrameType.PHASE, phase.encode()))
+        node.answers("/health", status, phase=phase)
+        assert node.answers("/live", 200)["endpoints"] == {}
+    watched.server.announce_abort(70)
+    assert node.answers("/live", 503)["error"] == "rank 0 on n0 ends the world"
     assert node.process.wait(PROMPT) == 70
-    tower.server.close()
+    watched.server.close()
 
 
-def test_a_follower_that_fails_says_so_until_the_world_ends(node: Node) -> None:
-    tower = Watchtower()
-    node.do(f"join {tower.rendezvous.pack(b'').hex()}")
+def test_a_follower_that_fails_reports_it_until_the_world_ends(node: Node) -> None:
+    watched = WatchedServer()
+    node.do(f"join {watched.rendezvous.pack(b'').hex()}")
     node.do("fail no weights")
     # where in our code it came from is for the log
-    assert node.says("/live", 503)["error"] == "RuntimeError: no weights"
-    assert node.says("/health", 503)["error"]
-    tower.server.announce_abort(66)
-    tower.server.close()
+    assert node.answers("/live", 503)["error"] == "RuntimeError: no weights"
+    assert node.answers("/health", 503)["error"]
+    watched.server.announce_abort(66)
+    watched.server.close()
     node.process.wait(PROMPT)
 
 
-def test_a_follower_that_has_lost_rank_0_says_so(node: Node) -> None:
+def test_a_follower_that_has_lost_rank_0_reports_it(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         rendezvous = Rendezvous("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
         node.do(f"join {rendezvous.pack(b'').hex()}")
         connection, _ = listener.accept()
     with contextlib.closing(FrameConnection(connection)) as line:
         line.send(Frame(FrameType.HELLO, secrets.token_bytes(NONCE_BYTES)))
-        (join, *_) = heard(line)
+        (join, *_) = received(line)
         proof = leader_mac(bytes.fromhex(rendezvous.token), Join.unpack(join.body).nonce, 2)
         for frame in (Frame(FrameType.WELCOME, proof), Frame(FrameType.PHASE, b"serve")):
             line.send(frame)
-        node.says("/health", 200)
+        node.answers("/health", 200)
     # it has gone without a word
-    assert node.says("/live", 503)["error"].startswith("rank 0 on n0 ")
+    assert node.answers("/live", 503)["error"].startswith("rank 0 on n0 ")
     assert node.process.wait(PROMPT) != 0
 
 
@@ -191,12 +191,12 @@ def test_silence_is_too_long_only_when_it_is(node: Node) -> None:
         for each in (quick, node):
             # rank 0 watches it from now on; otherwise the agent would end it
             each.do("agent preflight_done {}")
-            each.says("/live", 200)
+            each.answers("/live", 200)
             os.kill(each.process.pid, signal.SIGSTOP)
-        assert "the process is stopped or hung" in quick.says("/live", 503)["error"]
-        assert node.says("/live", 200)["rank_silent_seconds"] > 0.5
+        assert "the process is stopped or hung" in quick.answers("/live", 503)["error"]
+        assert node.answers("/live", 200)["rank_silent_seconds"] > 0.5
         os.kill(quick.process.pid, signal.SIGCONT)
-        quick.says("/live", 200)
+        quick.answers("/live", 200)
     finally:
         os.kill(node.process.pid, signal.SIGCONT)
         end(quick)
@@ -205,7 +205,7 @@ def test_silence_is_too_long_only_when_it_is(node: Node) -> None:
 def test_it_ends_with_its_rank_and_only_then(node: Node) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         os.kill(node.server, number)
-    node.says("/live", 200)
+    node.answers("/live", 200)
     begin = time.monotonic()
     os.kill(node.process.pid, signal.SIGKILL)
     assert node.has_ended()
@@ -218,23 +218,23 @@ def test_it_ends_with_its_rank_and_only_then(node: Node) -> None:
 def test_a_successor_of_the_agent_answers_the_same(node: Node) -> None:
     for line in ("begin mpi_init", "role decode", "begin preflight", "world load 1700000000.5"):
         node.do(line)
-    before = node.says("/live", 200, phase="load", rank_phase="preflight", role="decode")
+    before = node.answers("/live", 200, phase="load", rank_phase="preflight", role="decode")
     os.kill(node.server, signal.SIGKILL)
     # a request that arrives meanwhile waits for the successor
-    after = node.says("/live", 200, phase="load", rank_phase="preflight", role="decode", pid=node.process.pid)
+    after = node.answers("/live", 200, phase="load", rank_phase="preflight", role="decode", pid=node.process.pid)
     assert after["phase_since"] == before["phase_since"] == 1700000000.5
     assert after["uptime"]["secs"] >= before["uptime"]["secs"]
     assert is_gone(node.server)
     node.do("begin load")
-    node.says("/health", 503, rank_phase="load")
+    node.answers("/health", 503, rank_phase="load")
 
 
 def test_unfinished_requests_take_no_threads(node: Node) -> None:
-    node.says("/live", 200)
+    node.answers("/live", 200)
     with contextlib.ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(node.raw()).sendall(b"GET /metrics HTTP/1.1\r\nX: a")
-        node.says("/live", 200)
+        node.answers("/live", 200)
         status = Path(f"/proc/{node.server}/status").read_text()
         (threads,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:")]
         assert threads < 10
@@ -253,13 +253,13 @@ def test_a_request_in_parts_gets_its_answer(node: Node) -> None:
         connection.settimeout(PROMPT)
         for part in (b"GET /live HT", b"TP/1.1\r\nHost: n2\r", b"\n\r", b"\n"):
             connection.sendall(part)
-            node.says("/live", 200)
+            node.answers("/live", 200)
         assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 def test_hostile_clients_do_not_delay_the_watch(node: Node) -> None:
     node.do("begin mpi_init")
-    node.says("/live", 200, phase="mpi_init")
+    node.answers("/live", 200, phase="mpi_init")
     done = threading.Event()
 
     def trickle() -> None:
@@ -272,7 +272,7 @@ def test_hostile_clients_do_not_delay_the_watch(node: Node) -> None:
     for client in clients:
         client.start()
     try:
-        node.says("/live", 200)
+        node.answers("/live", 200)
         begin = time.monotonic()
         os.kill(node.process.pid, signal.SIGKILL)
         assert node.has_ended()
@@ -332,32 +332,32 @@ def test_requests_of_any_kind_get_an_answer(lasting_node: Node, said: bytes, sta
         assert got.endswith(b"\r\n\r\n")
 
 
-def test_clients_that_say_nothing_keep_nobody_out(node: Node) -> None:
+def test_silent_clients_keep_no_other_out(node: Node) -> None:
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(node.raw()) for _ in range(200)]
         half = stack.enter_context(node.raw())
         half.sendall(b"GET /live HTTP/1.1\r\n")
         silent += [stack.enter_context(node.raw()) for _ in range(400)]
-        node.says("/live", 200)
-        # of too many, those that came first have to go, and none that has begun a request
+        node.answers("/live", 200)
+        # of too many, those that came first must go, and none that has begun a request
         assert silent[0].recv(1) == b""
         half.sendall(b"\r\n")
         assert half.recv(12) == b"HTTP/1.1 200"
-    node.says("/live", 200)
+    node.answers("/live", 200)
 
 
 def test_requests_that_the_runtime_never_answers_keep_no_probe_out(node: Node, runtime: socket.socket) -> None:
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("phase load")
-    node.says("/live", 200, phase="load")
+    node.answers("/live", 200, phase="load")
     with contextlib.ExitStack() as stack:
         for _ in range(64):
             asking = stack.enter_context(node.raw())
             asking.sendall(b"GET /metadata HTTP/1.1\r\n\r\n")
             stack.enter_context(runtime.accept()[0])
-        node.says("/live", 200)
+        node.answers("/live", 200)
         assert node.ask("/metadata")[0] == 503
-    # who asked has left, and the runtime is told
+    # the client has left, and the runtime gets notice
     with node.raw() as asking:
         asking.sendall(b"GET /metadata HTTP/1.1\r\n\r\n")
         connection, _ = runtime.accept()
@@ -383,7 +383,7 @@ def test_it_ends_with_its_rank_though_what_that_has_forked_lives_on(node: Node) 
 
 @pytest.fixture
 def runtime() -> Iterator[socket.socket]:
-    """A port at which whoever asks gets a recorded answer of the Dynamo runtime's kind."""
+    """A port at which each client gets a recorded answer of the Dynamo runtime's kind."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PROMPT)
         yield listener
@@ -409,7 +409,7 @@ def answer_once(listener: socket.socket, answer: bytes, heard: list[bytes], body
 def test_what_is_not_ours_to_answer_is_handed_on_as_it_is(node: Node, runtime: socket.socket) -> None:
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("phase load")
-    node.says("/live", 200, phase="load")
+    node.answers("/live", 200, phase="load")
     body, said = os.urandom(300_000), list[bytes]()
     answer = b"HTTP/1.1 207 Odd\r\nX-Odd: a, b\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     thread = answer_once(runtime, answer, said, len(body))
@@ -430,7 +430,7 @@ def test_what_is_not_ours_to_answer_is_handed_on_as_it_is(node: Node, runtime: s
 def test_health_needs_the_runtimes_own(node: Node, runtime: socket.socket) -> None:
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("phase serve")
-    node.says("/live", 200, phase="serve")
+    node.answers("/live", 200, phase="serve")
     for status, expected in ((503, 503), (200, 200)):
         said: list[bytes] = []
         content = json.dumps({"status": "x", "endpoints": {"generate": "so"}}).encode()
@@ -442,10 +442,10 @@ def test_health_needs_the_runtimes_own(node: Node, runtime: socket.socket) -> No
         assert (answered, json.loads(body)["endpoints"]) == (expected, {"generate": "so"})
     # it has gone, and then it only hangs
     begin = time.monotonic()
-    assert "does not answer at its port" in node.says("/health", 503)["error"]
+    assert "does not answer at its port" in node.answers("/health", 503)["error"]
     assert time.monotonic() - begin < 2.0
     runtime.close()
-    assert "does not answer at its port" in node.says("/health", 503)["error"]
+    assert "does not answer at its port" in node.answers("/health", 503)["error"]
     assert node.ask("/metadata")[0] == 502
 
 
@@ -453,7 +453,7 @@ def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("metrics dynamo_mpi_ranks 4\\n")
     node.do("phase load")
-    node.says("/live", 200, phase="load")
+    node.answers("/live", 200, phase="load")
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n6\r\ndynamo\r\n12;x=y\r\n_uptime_seconds 3\n\r\n0\r\n\r\n"
     thread = answer_once(runtime, answer, [])
     status, body, fields = node.ask("/metrics")
@@ -466,7 +466,7 @@ def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -
 @pytest.mark.parametrize(
     ("text", "port"), [("", None), ("-1", None), (" ", None), ("0", 0), ("9090", 9090), ("65535", 65535)]
 )
-def test_it_is_on_where_dynamos_variable_says_so(text: str, port: int | None) -> None:
+def test_dynamos_variable_turns_it_on(text: str, port: int | None) -> None:
     address = HealthAddress.of({"DYN_SYSTEM_PORT": text})
     assert (None if address is None else address.port) == port
 

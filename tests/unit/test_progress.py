@@ -39,14 +39,16 @@ LOAD = PhaseProgress("load", 11, 16, 13, "n03", 142.4)
 
 def test_the_line() -> None:
     assert describe(LOAD, parts_seen=True) == "load 11/16 ranks, slowest n03 (rank 13) 142 s"
-    told = LOAD._replace(read=310_000_000_000, slowest_read=4_100_000_000)
-    assert describe(told, parts_seen=True) == ("load 11/16 ranks, slowest n03 (rank 13) 142 s, 4.1 GB of 310.0 GB read")
-    assert describe(told._replace(done=16), parts_seen=True) == "load 16/16 ranks, slowest n03 (rank 13) 142 s"
+    loading = LOAD._replace(read=310_000_000_000, slowest_read=4_100_000_000)
+    assert describe(loading, parts_seen=True) == (
+        "load 11/16 ranks, slowest n03 (rank 13) 142 s, 4.1 GB of 310.0 GB read"
+    )
+    assert describe(loading._replace(done=16), parts_seen=True) == "load 16/16 ranks, slowest n03 (rank 13) 142 s"
 
 
 def test_what_is_not_seen_is_not_claimed() -> None:
-    told = LOAD._replace(done=0, read=310_000_000_000, slowest_read=4_100_000_000)
-    assert describe(told, parts_seen=False) == (
+    loading = LOAD._replace(done=0, read=310_000_000_000, slowest_read=4_100_000_000)
+    assert describe(loading, parts_seen=False) == (
         "load 142 s, 16 ranks have read 310.0 GB, the least n03 (rank 13): 4.1 GB"
     )
     assert "/16" not in describe(LOAD, parts_seen=False)
@@ -158,7 +160,7 @@ def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.Capture
     assert not ticker._thread.is_alive()
     said = capfd.readouterr().err.splitlines()
     assert len(said) == len(heard)
-    # rank 1 has told nothing, so it is the one that is waited for
+    # rank 1 has reported nothing, so it is the one that is waited for
     assert all(
         re.fullmatch(r"dynamo_mpi: rank 0 on n0: load 0/2 ranks, slowest n1 \(rank 1\) \d+ s", line) for line in said
     )

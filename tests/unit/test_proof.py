@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof: one real completion before anybody is told that the worker exists."""
+"""The proof: one real completion before the worker is visible to anyone."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_what_an_element_weighs(algo: str, size: int | None, each: float, block:
     assert (found.known, found.bytes_per_element, found.block) == (True, each, block)
 
 
-def test_formats_that_nobody_knows() -> None:
+def test_unknown_formats() -> None:
     found = WeightFormat("W3A5")
     assert (found.known, found.block) == (False, 1)
     with pytest.raises(KeyError):

@@ -123,19 +123,19 @@ ENVIRON = {
 
 
 def test_values_of_the_environment_go() -> None:
-    told = Redactor.of(ENVIRON)
+    redactor = Redactor.of(ENVIRON)
     text = 'said correct horse, battery, "staple9" and 0011aabb; abc but abcdef, dynamo worker of /models/M: x </s> none 8192 /run/etcd.key'
-    assert told.redact(text) == (
+    assert redactor.redact(text) == (
         f'said {MASK}, {MASK}, "{MASK}" and {MASK}; {MASK} but abcdef, dynamo worker of /models/M: x </s> none 8192 /run/etcd.key'
     )
-    assert told.redact('as JSON /a\\"b\\\\c%, in a URL %2Fa%22b%5Cc%25, itself /a"b\\c%') == (
+    assert redactor.redact('as JSON /a\\"b\\\\c%, in a URL %2Fa%22b%5Cc%25, itself /a"b\\c%') == (
         f"as JSON {MASK}, in a URL {MASK}, itself {MASK}"
     )
 
 
 def test_a_secret_may_be_a_part_of_the_mask() -> None:
-    told = Redactor(["redacted", "<redact", MASK])
-    assert told.redact("redacted <redact") == f"{MASK} {MASK}"
+    redactor = Redactor(["redacted", "<redact", MASK])
+    assert redactor.redact("redacted <redact") == f"{MASK} {MASK}"
 
 
 _ODD = st.lists(
@@ -151,9 +151,9 @@ _ODD = st.lists(
 def test_twice_is_once(text: str) -> None:
     once = redact(text)
     assert redact(once) == once
-    told = Redactor(["redacted", "a1b2c3d4", "secret", "ass"])
-    once = told.redact(text)
-    assert told.redact(once) == once
+    redactor = Redactor(["redacted", "a1b2c3d4", "secret", "ass"])
+    once = redactor.redact(text)
+    assert redactor.redact(once) == once
 
 
 @given(st.text(), st.text(st.characters(codec="utf-8"), min_size=6), st.text())

@@ -260,13 +260,13 @@ def test_closing_cancels_what_is_left(own_engine: ReferenceEngine) -> None:
         submit(own_engine, "b")
 
 
-def test_a_failing_step_ends_every_request_and_tells_the_owner_once(own_engine: ReferenceEngine) -> None:
+def test_a_failing_step_ends_every_request_and_notifies_the_owner_once(own_engine: ReferenceEngine) -> None:
     failures: list[BaseException] = []
-    told = threading.Event()
+    notified = threading.Event()
 
     def note(error: BaseException) -> None:
         failures.append(error)
-        told.set()
+        notified.set()
 
     own_engine.on_failure(note)
     own_engine.start()
@@ -281,7 +281,7 @@ def test_a_failing_step_ends_every_request_and_tells_the_owner_once(own_engine: 
     for receiver in running:
         assert receiver.done().ends == ["error"]
         assert receiver.chunks[-1].error == "the engine failed: the memory is broken"
-    assert told.wait(PATIENCE)
+    assert notified.wait(PATIENCE)
     with pytest.raises(EngineError, match="has failed: the memory is broken"):
         submit(own_engine, "c")
     late: list[BaseException] = []

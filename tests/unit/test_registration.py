@@ -51,8 +51,8 @@ class Registered:
         return {entry.key for entry in self.etcd.get_prefix("v1/") if entry.lease == self.lease.id}
 
 
-class Watched:
-    """Makes watches, and has what they said and told."""
+class WatchedRegistrations:
+    """Makes watches, and has what they logged and reported."""
 
     def __init__(self) -> None:
         self.log = RecordedLog()
@@ -72,8 +72,8 @@ class Watched:
 
 
 @pytest.fixture
-def watched() -> Iterator[Watched]:
-    watched = Watched()
+def watched() -> Iterator[WatchedRegistrations]:
+    watched = WatchedRegistrations()
     yield watched
     watched.close()
 
@@ -91,7 +91,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: Watched) -> None:
+def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: WatchedRegistrations) -> None:
     worker = Registered(etcd, SECONDS)
     watched(etcd, worker.lease.id)
 
@@ -112,7 +112,7 @@ def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: Wa
     assert watched.log.lines == ["this worker's keys in etcd had been deleted; they are written again"]
 
 
-def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: Watched) -> None:
+def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: WatchedRegistrations) -> None:
     worker = Registered(etcd, SECONDS)
     watched(etcd, worker.lease.id, pauses=True)
     begin = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: Watched) -> N
     assert watched.lost.empty()
 
 
-def test_after_its_stop_nothing_is_written(etcd: str, watched: Watched) -> None:
+def test_after_its_stop_nothing_is_written(etcd: str, watched: WatchedRegistrations) -> None:
     worker = Registered(etcd)
     watch = watched(etcd, worker.lease.id)
     begin = time.monotonic()
@@ -144,7 +144,7 @@ def test_after_its_stop_nothing_is_written(etcd: str, watched: Watched) -> None:
     assert "no longer has the lease" in watch.lost_lease_reason()
 
 
-def test_a_lease_that_is_lost_is_told_once(etcd: str, watched: Watched) -> None:
+def test_a_lease_that_is_lost_is_reported_once(etcd: str, watched: WatchedRegistrations) -> None:
     worker = Registered(etcd, SECONDS)
     watch = watched(etcd, worker.lease.id)
     assert watch.lost_lease_reason() == ""
@@ -173,7 +173,9 @@ def test_a_lease_that_is_revoked_because_of_a_failure_is_not_lost(etcd: str) -> 
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["hangs", "is away"])
-def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(watched: Watched, silent: bool) -> None:
+def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(
+    watched: WatchedRegistrations, silent: bool
+) -> None:
     with listening() if silent else closed_port() as port:
         begin = time.monotonic()
         watch = watched(f"http://127.0.0.1:{port}", 7)
@@ -183,7 +185,7 @@ def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(w
         assert "etcd was away for longer" in watch.lost_lease_reason()
 
 
-# begins, says so, and says what it is told
+# begins, prints it, and prints what it receives
 WATCHING = f"""
 import sys, time
 from functools import partial
@@ -231,7 +233,7 @@ def test_a_process_that_stood_still_does_not_take_it_for_etcds_silence(tmp_path:
         server.stop()
 
 
-def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: Watched) -> None:
+def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: WatchedRegistrations) -> None:
     with running_etcd() as url:
         worker = Registered(url)
         add_users(url, ["dynamo_mpi/"])

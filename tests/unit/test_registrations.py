@@ -51,7 +51,7 @@ class Left:
     keys: tuple[str, ...]
 
     def there(self) -> list[bool]:
-        """Tell of each key whether it is still there."""
+        """Return for each key whether it is still there."""
         return [any(entry.key == key for entry in self.etcd.get_prefix(key)) for key in self.keys]
 
 
@@ -98,7 +98,7 @@ def test_one_worker_and_no_other(etcd: str, leave: Leave) -> None:
     use({"ETCD_ENDPOINTS": etcd}, leave)
 
 
-def test_a_worker_that_nobody_launched_stays(etcd: str, leave: Leave) -> None:
+def test_a_worker_without_a_launch_stays(etcd: str, leave: Leave) -> None:
     stranger = leave({"ETCD_ENDPOINTS": etcd}, None)
     assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
     assert stranger.there() == [True, True]
@@ -196,7 +196,7 @@ def endless(connection: socket.socket) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[], AbstractContextManager[int]], str]] = {
-    "nobody listens": (closed_port, "connection refused"),
+    "no listener": (closed_port, "connection refused"),
     "it is silent": (listening, "no answer in time"),
     "it drips": (lambda: listening(drip(b"HTTP/1.1 200 OK\r\nx: y\r\n", 0.05)), "no answer in time"),
     "it never ends": (lambda: listening(endless), "an answer of more than 64 MiB"),

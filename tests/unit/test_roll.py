@@ -33,7 +33,7 @@ def test_of_ranks_at_it_the_one_that_has_been_at_it_for_longest_is_named() -> No
     assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 3, 2, "n1", 9.5)
 
 
-def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_named() -> None:
+def test_of_ranks_that_report_bytes_the_one_that_has_read_least_is_named() -> None:
     ranks = [
         rank(0, Span("load", 1.0, local=3.0))._replace(read=1),
         rank(1, Span("load", 1.0))._replace(read=5),
@@ -54,7 +54,7 @@ def test_a_rank_that_is_in_a_later_phase_is_through() -> None:
     assert progress_of("warmup", ranks, 106.0) == PhaseProgress("warmup", 1, 2, 0, "n0", 1.0)
 
 
-def test_ranks_that_have_told_nothing_are_not_through() -> None:
+def test_ranks_that_have_reported_nothing_are_not_through() -> None:
     assert progress_of("load", [rank(0), rank(1)], 110.0) == PhaseProgress("load", 0, 2, None, None, 0.0)
 
 
@@ -64,7 +64,7 @@ def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:
     assert counts == [1] * 10
 
 
-def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_reports_are_dated_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     roll = ProgressTracker(["n0", "n1"], PhaseTracker())
     phases = PhaseTracker()
     with phases.enter("mpi_init"):
@@ -113,7 +113,7 @@ def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
     assert roll.ranks()[1].spans == ()
 
 
-def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
+def test_phases_keep_their_spans_and_report_every_change() -> None:
     phases = PhaseTracker()
     seen: list[list[Span]] = []
     phases.on_change(lambda: seen.append(list(phases.spans)))

@@ -83,7 +83,7 @@ def test_every_kind_of_problem_has_its_rule_and_cure(label: str, rule: str) -> N
     assert finding.fix
 
 
-def test_every_problem_of_a_rank_is_told() -> None:
+def test_every_problem_of_a_rank_is_reported() -> None:
     assert rules_of(card(), card("n1", COMMAND, CONFIG)) == ["P1", "P2"]
 
 
@@ -95,7 +95,7 @@ def test_versions_must_agree() -> None:
 
 
 def test_a_problem_of_another_versions_making_is_no_riddle() -> None:
-    """A rank of another version may have problems that this one has no word for; P4 has to be heard all the same."""
+    """A rank of another version may have problems that this one doesn't know; P4 must be read all the same."""
     cards = [card(), card("n1", "weather: it rains", version="2.0")]
     assert "P4" in rules_of(*cards)
 

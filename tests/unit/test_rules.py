@@ -144,13 +144,13 @@ def test_before_a_launch_a_layout_may_take_a_part_of_one_node(
 ) -> None:
     config = EngineConfig(tp_size, pp_size)
     found = layout_findings(LayoutSpec(shape_with(None, None), config, Cluster(nodes, gpus)))
-    told = [(finding.rule, finding.severity) for finding in found if finding.rule == "A1"]
+    reported = [(finding.rule, finding.severity) for finding in found if finding.rule == "A1"]
     if config.world_size == nodes * gpus:
-        assert told == []
+        assert reported == []
     elif nodes == 1 and config.world_size < gpus:
-        assert told == [("A1", Severity.INFO)]
+        assert reported == [("A1", Severity.INFO)]
     else:
-        assert told == [("A1", Severity.ERROR)]
+        assert reported == [("A1", Severity.ERROR)]
 
 
 def test_a_wrong_world_comes_before_a_wrong_split() -> None:
@@ -215,8 +215,8 @@ def test_findings_are_rendered_errors_first_and_complete() -> None:
         "info X1: by the way",
     ]
     # what is only good to know takes one line, with what to do
-    told = Finding("X1", Severity.INFO, "by the way", found="a", expected="b", fix="do c")
-    assert render([told]) == "info X1: by the way (do c)"
+    reported = Finding("X1", Severity.INFO, "by the way", found="a", expected="b", fix="do c")
+    assert render([reported]) == "info X1: by the way (do c)"
     lines = [line.split() for line in text.splitlines()[1:5]]
     assert lines == [["found:", "a"], ["expected:", "b"], ["fix:", "c"], ["d"]]
     assert errors([info, error]) == [error]

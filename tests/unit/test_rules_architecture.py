@@ -42,7 +42,7 @@ def findings_of(subject: LayoutSpec) -> list[Finding]:
     return [finding for rule in architecture.RULES for finding in rule(subject)]
 
 
-def told(subject: LayoutSpec) -> list[str]:
+def finding_ids(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in findings_of(subject)]
 
 
@@ -67,16 +67,16 @@ def kv(dtype: str, **others: Any) -> dict[str, Any]:
 def test_weights(model: str | dict[str, Any], runs: str, doubtful: str, fails: str) -> None:
     for gpus, expected in ((runs, []), (doubtful, ["warning G"]), (fails, ["error G"])):
         for gpu in gpus.split():
-            assert told(subject_of(model, gpu)) == expected, gpu
+            assert finding_ids(subject_of(model, gpu)) == expected, gpu
 
 
 @pytest.mark.parametrize("model", ["Qwen3-32B-FP8", "gpt-oss-120b", LLAMA | modelopt("NVFP4")])
 def test_nothing_is_said_where_the_gpu_isnt_known(model: str | dict[str, Any]) -> None:
-    assert told(subject_of(model, None)) == []
-    assert told(subject_of(model, "abacus")) == []
+    assert finding_ids(subject_of(model, None)) == []
+    assert finding_ids(subject_of(model, "abacus")) == []
 
 
-def test_formats_that_nobody_knows_are_not_judged() -> None:
+def test_unknown_formats_get_no_finding() -> None:
     (finding,) = findings_of(subject_of(LLAMA | modelopt("W3A5_NEW"), "h100"))
     assert finding.severity.value == "info"
     assert "W3A5_NEW" in finding.message
@@ -84,7 +84,7 @@ def test_formats_that_nobody_knows_are_not_judged() -> None:
 
 @pytest.mark.parametrize(("version", "expected"), [("1.0.0", ["error G"]), ("1.1.0", []), (None, [])])
 def test_block_scales_came_to_sm_120_later(version: str | None, expected: list[str]) -> None:
-    assert told(subject_of("Qwen3-32B-FP8", "rtx-pro-6000", version=version)) == expected
+    assert finding_ids(subject_of("Qwen3-32B-FP8", "rtx-pro-6000", version=version)) == expected
 
 
 GEMM, MOE = {"nvfp4_gemm_config": {"allowed_backends": ["marlin"]}}, {"moe_config": {"backend": "MARLIN"}}
@@ -146,13 +146,13 @@ def test_nvfp4_runs_before_blackwell_from_1_3_alone() -> None:
 )
 def test_hybrids_reuse_blocks_from_1_3_on(cache: dict[str, Any], version: str, expected: list[str]) -> None:
     subject = subject_of("Nemotron-3-Super-120B-A12B-FP8", None, {"kv_cache_config": cache}, version)
-    assert told(subject) == expected
+    assert finding_ids(subject) == expected
 
 
 def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GPUS, "t4", Gpu("t4", 75, 2**34))
-    assert told(subject_of("Llama-3.1-8B", "t4")) == ["error G"]
-    assert told(subject_of(LLAMA | {"torch_dtype": "float16"}, "t4")) == []
+    assert finding_ids(subject_of("Llama-3.1-8B", "t4")) == ["error G"]
+    assert finding_ids(subject_of(LLAMA | {"torch_dtype": "float16"}, "t4")) == []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache_and_kernels(
     model: str | dict[str, Any], engine: dict[str, Any], gpu: str | None, expected: list[str]
 ) -> None:
-    assert told(subject_of(model, gpu, engine)) == expected
+    assert finding_ids(subject_of(model, gpu, engine)) == expected
 
 
 def test_what_is_said() -> None:

@@ -11,7 +11,7 @@ from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.test_rules_experts import R1_NVFP4, ranks, subject_of
 
 
-def told(subject: LayoutSpec) -> list[str]:
+def finding_ids(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for rule in backends.RULES for finding in rule(subject)]
 
 
@@ -25,7 +25,7 @@ def told(subject: LayoutSpec) -> list[str]:
     ],
 )
 def test_names(model: str, backend: str, expected: list[str]) -> None:
-    assert told(subject_of(model, ranks(8, moe_config={"backend": backend}))) == expected
+    assert finding_ids(subject_of(model, ranks(8, moe_config={"backend": backend}))) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_names(model: str, backend: str, expected: list[str]) -> None:
 def test_backends(model: str, backend: str | None, gpu: str | None, version: str | None, expected: list[str]) -> None:
     engine = ranks(2, 2) if backend is None else ranks(2, 2, moe_config={"backend": backend})
     subject = subject_of(R1_NVFP4 if model == "NVFP4" else model, engine, gpu, version)
-    assert told(subject) == expected
+    assert finding_ids(subject) == expected
 
 
 def test_the_planner_does_not_judge_by_backends() -> None:

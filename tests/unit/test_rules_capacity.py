@@ -57,7 +57,7 @@ def test_weights_that_are_too_large_stop_it() -> None:
     assert finding.fix == "take a checkpoint in FP8 or NVFP4, divide it over more GPUs, or take GPUs with more memory"
 
 
-def test_a_quantised_checkpoint_is_not_told_to_be_one() -> None:
+def test_a_quantised_checkpoint_gets_no_quantisation_argument() -> None:
     finding = only("DeepSeek-R1", gpus=4, tp_size=4, moe_ep_size=4)
     assert finding.severity is Severity.ERROR
     assert finding.fix == "divide it over more GPUs, or take GPUs with more memory"
@@ -142,7 +142,7 @@ def test_the_length_that_fits_counts_windows_too(name: str) -> None:
     assert only(name, gpus=gpus, tp_size=tp_size, max_seq_len=length - 32).severity is Severity.INFO
 
 
-def test_how_many_requests_have_to_fit_can_be_said() -> None:
+def test_how_many_requests_must_fit_can_be_set() -> None:
     assert only("Llama-3.1-8B", gpus=1, requests=3).severity is Severity.INFO
     finding = only("Llama-3.1-8B", gpus=1, requests=4)
     assert finding.severity is Severity.WARNING

@@ -43,7 +43,7 @@ def findings_of(subject: LayoutSpec) -> list[Finding]:
     return [finding for rule in dense.RULES for finding in rule(subject)]
 
 
-def told(subject: LayoutSpec) -> list[str]:
+def finding_ids(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in findings_of(subject)]
 
 
@@ -72,7 +72,7 @@ def told(subject: LayoutSpec) -> list[str]:
         ("MiMo-V2-Flash", 2, []),
         ("MiMo-V2-Flash", 4, ["error E4"]),
         (excluding(ZOO["MiMo-V2-Flash"], "re:.*self_attn.*"), 4, []),
-        # heads that don't divide are told of by B1 and B3
+        # heads that don't divide are reported by B1 and B3
         (LLAMA | FP8_BLOCKS | {"num_attention_heads": 36, "head_dim": 96, "intermediate_size": 16384}, 8, []),
         # shared experts
         (NEXT_FP8, 4, []),
@@ -102,7 +102,7 @@ def told(subject: LayoutSpec) -> list[str]:
     ],
 )
 def test_widths(model: str | dict[str, Any], tp_size: int, expected: list[str]) -> None:
-    assert told(subject_of(model, tp_size)) == expected
+    assert finding_ids(subject_of(model, tp_size)) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_widths(model: str | dict[str, Any], tp_size: int, expected: list[str]) 
     ],
 )
 def test_attention_data_parallelism_shares_nothing_out(model: str | dict[str, Any]) -> None:
-    assert told(subject_of(model, 16, enable_attention_dp=True)) == []
+    assert finding_ids(subject_of(model, 16, enable_attention_dp=True)) == []
 
 
 def test_under_helix_context_ranks_share_the_mlp_too() -> None:
-    assert told(subject_of("Qwen3-32B-FP8", 8)) == []
-    assert told(subject_of("Qwen3-32B-FP8", 8, **HELIX)) == ["error E4"]
-    assert told(subject_of("Qwen3-32B-FP8", 4, **HELIX)) == []
+    assert finding_ids(subject_of("Qwen3-32B-FP8", 8)) == []
+    assert finding_ids(subject_of("Qwen3-32B-FP8", 8, **HELIX)) == ["error E4"]
+    assert finding_ids(subject_of("Qwen3-32B-FP8", 4, **HELIX)) == []
 
 
 def test_one_finding_for_all_three_projections() -> None:
@@ -162,13 +162,13 @@ def test_the_sizes_that_are_advised_pass() -> None:
         (finding,) = findings_of(subject_of(model, 16))
         sizes = finding.fix.removeprefix("set tensor_parallel_size to one of ").partition(", or ")[0]
         for size in sizes.split(", "):
-            assert told(subject_of(model, int(size))) == []
+            assert finding_ids(subject_of(model, int(size))) == []
 
 
 def test_what_isnt_certain_is_a_warning() -> None:
     subject = subject_of("Qwen3-32B-FP8", 16)
     assert subject.shape.quantisation is not None
     unsure = replace(subject.shape, quantisation=replace(subject.shape.quantisation, certain=False))
-    assert told(replace(subject, shape=unsure)) == ["warning E4"]
-    # layers that can't be told apart may be excluded or not
-    assert told(replace(subject, shape=replace(subject.shape, layers=None))) == ["warning E4"]
+    assert finding_ids(replace(subject, shape=unsure)) == ["warning E4"]
+    # layers that can't be distinguished may be excluded or not
+    assert finding_ids(replace(subject, shape=replace(subject.shape, layers=None))) == ["warning E4"]

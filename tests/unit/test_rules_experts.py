@@ -49,7 +49,7 @@ def subject_of(
     return LayoutSpec(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
 
 
-def told(subject: LayoutSpec) -> list[str]:
+def finding_ids(subject: LayoutSpec) -> list[str]:
     """Return the findings of the modules under test as ``severity rule``."""
     rules = (*experts.RULES, *attention_dp.RULES)
     return [f"{finding.severity.value} {finding.rule}" for rule in rules for finding in rule(subject)]
@@ -159,8 +159,8 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
     ],
 )
 def test_layouts(model: str | dict[str, Any], engine: dict[str, Any], expected: list[str]) -> None:
-    # C2 tells of every large model under attention DP
-    assert [line for line in told(subject_of(model, engine)) if line != "info C2"] == expected
+    # C2 reports every large model under attention DP
+    assert [line for line in finding_ids(subject_of(model, engine)) if line != "info C2"] == expected
 
 
 ON_FILE = wide(moe_config={"load_balancer": "eplb.yaml"})
@@ -173,7 +173,7 @@ def test_a_balancer_s_file_that_was_not_read_is_missing_where_the_ranks_run(laun
     finding = only(subject, "D4")
     assert (finding.severity, "eplb.yaml" in finding.message) == (severity, True)
     # nothing is known of its slots
-    assert [line for line in told(subject) if line != "info C2"] == [f"{severity.value} D4"]
+    assert [line for line in finding_ids(subject) if line != "info C2"] == [f"{severity.value} D4"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_balancer_s_file_that_was_read_is_judged(text: str, expected: list[str
     merged = with_balancer(MergedConfig(subject.config), text)
     assert merged.config.moe.balancer_read
     subject = replace(subject, config=merged.config, launched=launched)
-    assert [line for line in told(subject) if line != "info C2"] == expected
+    assert [line for line in finding_ids(subject) if line != "info C2"] == expected
     if expected == ["error D2"] and "layer" in text:
         assert "eplb.yaml" in only(subject, "D2").found
 
@@ -199,7 +199,7 @@ def test_a_balancer_s_file_that_was_read_is_judged(text: str, expected: list[str
 def test_experts_that_the_checkpoint_left_as_they_were_need_no_blocks() -> None:
     quantised = ZOO["Qwen3-30B-A3B-FP8"]
     excluded = quantised["quantization_config"] | {"modules_to_not_convert": ["model.layers.*.mlp.experts"]}
-    assert told(subject_of(quantised | {"quantization_config": excluded}, ranks(4))) == []
+    assert finding_ids(subject_of(quantised | {"quantization_config": excluded}, ranks(4))) == []
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_experts_that_the_checkpoint_left_as_they_were_need_no_blocks() -> None:
 def test_assignments(assignments: dict[int, list[int]], words: str | None) -> None:
     subject = subject_of("DeepSeek-R1", balanced(288, initial_global_assignments=assignments))
     if words is None:
-        assert "error D3" not in told(subject)
+        assert "error D3" not in finding_ids(subject)
     else:
         assert words in only(subject, "D3").found
 
@@ -242,7 +242,7 @@ def test_the_sizes_that_are_advised_pass() -> None:
         for tp in (8, 16, 32, 64):
             for line in (f for rule in experts.RULES for f in rule(subject_of(model, ranks(tp)))):
                 advised = line.fix.removeprefix("set moe_expert_parallel_size: ").partition(",")[0]
-                assert told(subject_of(model, ranks(tp, int(advised)))) == []
+                assert finding_ids(subject_of(model, ranks(tp, int(advised)))) == []
 
 
 def test_an_old_version_is_said_to_round_down() -> None:
@@ -254,7 +254,7 @@ def test_an_old_version_is_said_to_round_down() -> None:
 def test_whole_embeddings(model: str, gigabytes: str | None) -> None:
     subject = subject_of(model, ranks(8, enable_attention_dp=True))
     if gigabytes is None:
-        assert "info C2" not in told(subject)
+        assert "info C2" not in finding_ids(subject)
     else:
         assert gigabytes in only(subject, "C2").message
 

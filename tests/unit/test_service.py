@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of serving can be told without a Dynamo deployment; the rest is in ``tests/dynamo``."""
+"""What of serving can be tested without a Dynamo deployment; the rest is in ``tests/dynamo``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second opinion: heads, rows, experts and layers handed out to ranks one by one, without any of the rules' arithmetic.
 
-Where some rank gets a part of something, or other amounts than its neighbours, a rule has to say so; and nowhere else.
+Where some rank gets a part of something, or other amounts than its neighbours, a rule must say so; and nowhere else.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def whole_blocks(items: int, ranks: int) -> bool:
     return all(hand[0] % BLOCK == 0 for hand in deal(items, ranks))
 
 
-def told(shape: ModelShape, config: EngineConfig, ranks: int | None = None) -> set[str]:
+def finding_ids(shape: ModelShape, config: EngineConfig, ranks: int | None = None) -> set[str]:
     subject = LayoutSpec(shape, config, Cluster(1, ranks or config.world_size), "decode", launched=True)
     return {finding.rule for finding in errors(layout_findings(subject))}
 
@@ -72,7 +72,7 @@ def test_the_dealer_deals_everything_in_order(items: int, ranks: int) -> None:
 def test_a1_every_place_has_a_rank_and_every_rank_a_place(tp: int, pp: int, cp: int, ranks: int) -> None:
     places = [(stage, context, slice_) for stage in range(pp) for context in range(cp) for slice_ in range(tp)]
     config = EngineConfig(tp, pp, cp, cp_type="HELIX" if cp > 1 else None)
-    assert ("A1" in told(ModelShape("M"), config, ranks)) == (len(places) != ranks)
+    assert ("A1" in finding_ids(ModelShape("M"), config, ranks)) == (len(places) != ranks)
 
 
 @given(st.integers(1, 12), st.integers(1, 4), *[st.integers(1, 13) | st.none()] * 3, st.booleans())
@@ -96,7 +96,7 @@ def test_a2_every_rank_of_a_stage_has_one_share_of_the_experts(
         for part in range(layout.moe_tp_size)
         for group in range(layout.moe_ep_size)
     ]
-    assert ("A2" in told(ModelShape("M"), config)) == (len(ranks) != len(shares))
+    assert ("A2" in finding_ids(ModelShape("M"), config)) == (len(ranks) != len(shares))
     # what was said is kept, and what wasn't is filled in
     assert moe_tp is None or layout.moe_tp_size == moe_tp
     assert moe_ep is None or layout.moe_ep_size == moe_ep
@@ -110,7 +110,7 @@ def test_b1_and_b3_every_rank_has_whole_heads(
     config = EngineConfig(
         tp, pp, cp, cp_type="HELIX" if cp > 1 else None, enable_attention_dp=attention_dp, moe_ep_size=1
     )
-    found = told(ModelShape("M", heads, kv_heads), config)
+    found = finding_ids(ModelShape("M", heads, kv_heads), config)
     # under attention DP every rank is a group of its own
     group = [(c, t) for c in range(cp) for t in range(1 if attention_dp else tp)]
     assert ("B1" in found) == (not fair(heads, len(group)))
@@ -130,7 +130,7 @@ def test_d1_and_d5_every_rank_has_whole_experts_or_equal_slices(
     count: int, width: int, moe_tp: int, moe_ep: int, attention_dp: bool
 ) -> None:
     config = EngineConfig(moe_tp * moe_ep, moe_tp_size=moe_tp, moe_ep_size=moe_ep, enable_attention_dp=attention_dp)
-    found = told(with_experts(count, width), config)
+    found = finding_ids(with_experts(count, width), config)
     assert ("D1" in found) == (not fair(count, moe_ep))
     assert ("D5" in found) == (not fair(width, moe_tp))
     assert "A2" not in found
@@ -142,7 +142,7 @@ def test_e1_every_rank_has_as_much_of_an_mlp(width: int, tp: int, cp: int, atten
     shape = ModelShape("M", intermediate_size=width)
     config = EngineConfig(tp, cp_size=cp, cp_type="HELIX" if cp > 1 else None, enable_attention_dp=attention_dp)
     broken = not attention_dp and not fair(width, tp * cp)
-    assert ("E1" in told(shape, config)) == broken
+    assert ("E1" in finding_ids(shape, config)) == broken
 
 
 @settings(max_examples=150)
@@ -156,7 +156,7 @@ def test_e4_every_rank_has_whole_scaling_blocks_of_an_mlp(blocks: int, more: int
         quantisation=Quantisation(FP8_BLOCK_SCALES, 128),
     )
     config = EngineConfig(tp, cp_size=cp, cp_type="HELIX" if cp > 1 else None)
-    found = told(shape, config)
+    found = finding_ids(shape, config)
     ranks = tp * cp
     assert ("E1" in found) == (not fair(width, ranks))
     if fair(width, ranks):
@@ -175,7 +175,7 @@ def test_e4_every_rank_has_whole_scaling_blocks_of_heads(heads: int, kv_heads: i
         layers=(Layer(formats=LayerFormats(mixer=BLOCKS)),),
         quantisation=Quantisation(FP8_BLOCK_SCALES, 128),
     )
-    found = told(shape, EngineConfig(tp))
+    found = finding_ids(shape, EngineConfig(tp))
     if not (fair(heads, tp) and kv_fair(kv_heads, tp)):
         assert {"B1", "B3"} & found
         assert "E4" not in found
@@ -190,7 +190,7 @@ def test_f3_every_stage_has_a_layer(layers: int, pp: int) -> None:
     stages: list[list[int]] = [[] for _ in range(pp)]
     for layer in range(layers):
         stages[layer % pp].append(layer)
-    assert ("F3" in told(ModelShape("M", num_layers=layers), EngineConfig(pp_size=pp))) == any(
+    assert ("F3" in finding_ids(ModelShape("M", num_layers=layers), EngineConfig(pp_size=pp))) == any(
         not stage for stage in stages
     )
 
@@ -289,7 +289,7 @@ def test_experts_stay_in_their_stage(layout: Layout) -> None:
 
 
 @given(layouts(), st.integers(1, 9))
-def test_places_are_told_apart_and_lie_block_by_block(layout: Layout, per_node: int) -> None:
+def test_places_are_distinct_and_lie_block_by_block(layout: Layout, per_node: int) -> None:
     places = [layout.place(rank, per_node) for rank in range(layout.world_size)]
     assert len({(place.tp_rank, place.pp_rank, place.cp_rank) for place in places}) == layout.world_size
     copies = layout.cp_size if layout.moe_world_size == layout.tp_size else 1

@@ -33,7 +33,7 @@ def test_the_innermost_frames_of_every_thread_that_matters(monkeypatch: pytest.M
     assert "thread watch" not in text
 
 
-def test_ranks_at_the_same_place_are_told_together_and_the_odd_ones_first() -> None:
+def test_ranks_at_the_same_place_are_reported_together_and_the_odd_ones_first() -> None:
     stacks = dict.fromkeys(range(8), "in barrier")
     stacks[5] = "in open"
     del stacks[6]

@@ -144,7 +144,7 @@ def test_a_change_of_the_model_names_the_file(model: Path, change: str) -> None:
 # -- the store ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_is_the_model_with_its_times_and_nobody_else_may_read_it(model: Path, store: Store) -> None:
+def test_a_copy_is_the_model_with_its_times_and_only_its_owner_may_read_it(model: Path, store: Store) -> None:
     manifest = scan(str(model))
     os.close(copy(store, manifest))
     path = Path(store.copy_path(manifest.folder_name))

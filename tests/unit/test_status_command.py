@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dynamo-mpi status` of what stands in a real etcd, whoever has written it."""
+"""`dynamo-mpi status` of what stands in a real etcd, of any origin."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_row_for_each_worker(board: Board, run: Run) -> None:
     )
 
 
-def test_how_far_ranks_are_that_do_not_tell(board: Board, run: Run) -> None:
+def test_progress_of_ranks_that_report_none(board: Board, run: Run) -> None:
     board.worker("agg", phase="load", progress={**PROGRESS, "done": None, "read": 37_600_000_000})
     assert run()[1].splitlines()[1].endswith("37.6 GB read, slowest n3")
 
@@ -95,7 +95,7 @@ def test_a_record_of_an_older_version(board: Board, run: Run) -> None:
     assert as_json(run)["ready"] is True
 
 
-def test_a_failure_that_nobody_followed_is_not_well(board: Board, run: Run) -> None:
+def test_a_failure_without_a_new_start_is_not_well(board: Board, run: Run) -> None:
     board.failure("decode", time=time.time() - 30, attempt=2)
     _, out, _ = run()
     assert "no worker is there" in out
@@ -108,7 +108,7 @@ def test_a_failure_that_nobody_followed_is_not_well(board: Board, run: Run) -> N
     )
 
 
-def test_a_failure_of_nobody_knows_which_rank(board: Board, run: Run) -> None:
+def test_a_failure_of_an_unknown_rank(board: Board, run: Run) -> None:
     board.failure("agg", rank=-1, host="", phase="", error="")
     found = as_json(run)
     assert (found["failures"][0]["rank"], found["warnings"]) == (None, [])
@@ -184,13 +184,13 @@ def test_a_hostile_record_breaks_neither_table_nor_terminal(board: Board, run: R
         {"launch": ["x"]},
     ],
 )
-def test_an_odd_field_is_told_and_the_rest_is_shown(board: Board, run: Run, changes: dict[str, Any]) -> None:
+def test_an_odd_field_is_reported_and_the_rest_is_shown(board: Board, run: Run, changes: dict[str, Any]) -> None:
     key = board.worker("agg", phase="serve", **changes)
     found = as_json(run)
     assert [worker["phase"] for worker in found["workers"]] == ["serve"]
-    told = [text for text in found["warnings"] if text.startswith(f"{key}: {next(iter(changes))} is not ")]
+    warnings = [text for text in found["warnings"] if text.startswith(f"{key}: {next(iter(changes))} is not ")]
     # half of a progress is none
-    assert told or "progress" in changes
+    assert warnings or "progress" in changes
     assert run()[0] == 0
 
 
@@ -374,7 +374,7 @@ def test_files_of_a_run_folder_that_make_no_sense(board: Board, run: Run, tmp_pa
     assert "Traceback" not in err
 
 
-def test_of_several_deployments_one_has_to_be_named(
+def test_of_several_deployments_one_must_be_named(
     board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("dynamo_mpi-1", "dynamo_mpi-2"):

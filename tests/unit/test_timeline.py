@@ -148,7 +148,7 @@ def test_ranks_that_are_alike_are_not_blamed() -> None:
     assert not [line for line in words_of(replace(start, ranks=even)) if "slowest" in line]
 
 
-def test_a_failure_and_an_end_are_told() -> None:
+def test_a_failure_and_an_end_are_reported() -> None:
     failed = start_of(16, failed=11)
     assert re.fullmatch(r"failed in load after \d\d\.\d s with exit code 70", headline(failed))
     assert "of 16 ranks, 0 had done their part of load" in words_of(failed)
@@ -169,7 +169,7 @@ def test_durations_are_written_as_people_read_them() -> None:
     assert [format_seconds(value) for value in values] == written
 
 
-def test_phases_over_each_other_are_cut_off_and_told() -> None:
+def test_phases_over_each_other_are_cut_off_and_reported() -> None:
     start = skewed()
     rows = rows_of(start, start.origin)
     for row in rows:
@@ -332,18 +332,18 @@ spans = st.builds(Span, st.sampled_from((PROCESS_START, *PHASES)), st.floats(-1e
 ranks = st.lists(st.lists(spans, max_size=6), min_size=1, max_size=4)
 
 
-@given(told=ranks, written=st.floats(-1e7, 1e7), ready=numbers)
-def test_whatever_ranks_tell_can_be_drawn(told: list[list[Span]], written: float, ready: float | None) -> None:
+@given(spans_of_ranks=ranks, written=st.floats(-1e7, 1e7), ready=numbers)
+def test_any_rank_report_can_be_drawn(spans_of_ranks: list[list[Span]], written: float, ready: float | None) -> None:
     start = replace(
         start_of(1),
-        ranks=tuple(RankTimings(rank, f"n{rank // 2}", BEGAN, tuple(of)) for rank, of in enumerate(told)),
+        ranks=tuple(RankTimings(rank, f"n{rank // 2}", BEGAN, tuple(of)) for rank, of in enumerate(spans_of_ranks)),
         written=BEGAN + written,
         ready=None if ready is None else BEGAN + ready,
     )
     drawn = page([start])
     places = [float(value) for value in re.findall(r' (?:x|width)="(-?[\d.e+-]+)"', drawn)]
     assert all(0 <= value <= 1200 for value in places)
-    assert drawn.count('<rect class="b ') == sum(map(len, told))
+    assert drawn.count('<rect class="b ') == sum(map(len, spans_of_ranks))
     check_trace(perfetto_trace([start]))
     assert text([start], 100)
     assert decode_traces(json.dumps(encode_traces([start])))

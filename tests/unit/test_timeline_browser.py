@@ -113,7 +113,7 @@ def test_the_page_as_it_is_written_fetches_and_says_nothing(browser: Browser) ->
     assert (seen.console, seen.fetched) == ([], [])
 
 
-def test_the_browser_would_tell_of_what_is_wrong(browser: Browser) -> None:
+def test_the_browser_reports_what_is_wrong(browser: Browser) -> None:
     """What the other tests look at: errors on the console, texts over each other and outside, what is fetched."""
     texts = '<text x="10" y="50">vm</text><text x="1190" y="50">vm vm</text></svg></div>'
     strange = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timeline's colours can be told apart: from the page, from what is written on them, and from each other by the colour-blind."""
+"""The timeline's colours can be distinguished: from the page, from what is written on them, and from each other by the colour-blind."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def writer_of(path: Path, *failures: Failure) -> TraceWriter:
 
 
 @pytest.mark.parametrize(
-    ("failures", "outcome", "told"),
+    ("failures", "outcome", "first_rank"),
     [
         ((), "ended", None),
         ((Failure(1, 70, "Traceback (most recent call last):\n  x\nOSError: a\x00b\n", phase="load"),), "failed", 1),
@@ -62,14 +62,16 @@ def writer_of(path: Path, *failures: Failure) -> TraceWriter:
         ),
     ],
 )
-def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], outcome: str, told: int | None) -> None:
+def test_the_outcome_is_in_the_timeline(
+    tmp_path: Path, failures: tuple[Failure, ...], outcome: str, first_rank: int | None
+) -> None:
     path = tmp_path / "start.html"
     writer_of(path, *failures).on_exit(0)
     (start,) = read_traces(path)
     assert (start.outcome, start.attempt, start.job, start.model) == (outcome, 3, "7", "a\ufffdmodel")
     if failures:
         assert start.failure is not None
-        assert start.failure.rank == told
+        assert start.failure.rank == first_rank
         assert start.failure.error in ("OSError: a\ufffdb", "stopped by SIGTERM")
 
 

@@ -16,7 +16,7 @@ from dynamo_mpi.engines.trtllm.process import TrtllmProcess
 SECONDS = 10.0
 
 
-def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() -> None:
+def test_each_stop_continue_and_kill_of_a_child_is_reported() -> None:
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
     child = TrtllmProcess(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "secret")

@@ -51,7 +51,7 @@ def test_a_listener_is_found_by_its_process() -> None:
     assert not any(holds_port(os.getpid(), port) for port in ports)
 
 
-def test_an_address_of_this_host_is_told_from_others() -> None:
+def test_an_address_of_this_host_is_distinguished_from_others() -> None:
     assert all(is_here(host) for host in ("127.0.0.1", "localhost", "::1"))
     assert not any(is_here(host) for host in ("192.0.2.77", "no.such.host.invalid", ""))
 
@@ -67,7 +67,7 @@ def test_our_instance_is_found_among_others() -> None:
 
 def test_over_nats_it_is_the_one_that_came() -> None:
     old, new = instance(1, "a.b.generate-1", "nats_tcp"), instance(2, "a.b.generate-2", "nats_tcp")
-    # a client's first list is empty, whoever is there
+    # a client's first list is empty in any case
     assert asyncio.run(find_instance(Client([], *[[old]] * 12, [old, new]), os.getpid())) == 2
 
 
@@ -91,7 +91,7 @@ def test_log_probabilities_that_are_no_numbers_are_an_error(value: float | None)
 def test_one_token_over_and_over_is_a_warning() -> None:
     assert "8 times token 5" in judge(Completion([5] * 8, [-0.1] * 8))
     assert judge(Completion([5] * 7 + [6], [])) == ""
-    # the first completion alone is too short to tell
+    # the first completion alone is too short to show it
     assert judge(Completion([5, 5], [])) == ""
 
 

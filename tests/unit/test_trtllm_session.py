@@ -178,7 +178,7 @@ def test_otherwise_the_reason_is_the_last_error(errors: EngineErrors) -> None:
     assert len(errors.reason()) < 600
 
 
-def test_a_message_that_cant_be_formatted_harms_nobody(errors: EngineErrors) -> None:
+def test_a_message_that_cant_be_formatted_does_no_harm(errors: EngineErrors) -> None:
     errors.handle(logging.LogRecord("TRT-LLM", logging.ERROR, __file__, 1, "%d of %d", ("a",), None))
     assert errors.reason() == "%d of %d"
 
@@ -246,7 +246,7 @@ class Queue:
         AttributeError("Can't get attribute 'Mine' on <module '__main__'>"),
     ],
 )
-def test_a_class_that_only_the_child_can_import_is_told_with_what_to_do(error: Exception) -> None:
+def test_a_class_that_only_the_child_can_import_is_reported_with_what_to_do(error: Exception) -> None:
     with pytest.raises(EngineError) as caught:
         _receive(Queue(error))
     assert str(error) in str(caught.value)
@@ -321,7 +321,7 @@ def test_the_first_reason_counts(ends: list[TaskEnd], said: str) -> None:
     assert (" logged: " in str(ranks_left(ends, name))) == bool(said)
 
 
-def test_the_childs_end_is_told_with_its_cause() -> None:
+def test_the_childs_end_is_reported_with_its_cause() -> None:
     lines = chain()
     assert str(ChildExitError(1, lines)).startswith("dynamo.trtllm ended with code 1; its last lines:\n")
     assert str(ChildExitError(1, lines, reason="rank 2 logged: x")).startswith(

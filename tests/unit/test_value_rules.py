@@ -210,8 +210,8 @@ def test_every_closed_set_is_accepted_in_full(version: str | None) -> None:
                 for part in reversed(section.split(".") if section else []):
                     config = {part: config}
                 assert isinstance(config, dict)
-                told = [finding for finding in check_values(config, known) if path in finding.message.split("`")]
-                assert told == [] or check_keys(config, known), (path, text, told)
+                named = [finding for finding in check_values(config, known) if path in finding.message.split("`")]
+                assert named == [] or check_keys(config, known), (path, text, named)
 
 
 json_values = st.recursive(

@@ -162,7 +162,7 @@ def judged(folder: Path, some: list[RankFacts], engine: str = TP4, *flags: str, 
     return evaluate(plan, cards_of(some))
 
 
-def told(verdict: PreflightResult) -> list[str]:
+def finding_ids(verdict: PreflightResult) -> list[str]:
     return [f"{one.severity.value} {one.rule}" for one in verdict.findings if one.severity.value != "info"]
 
 
@@ -180,18 +180,18 @@ def test_ranks_are_asked_for_facts_by_engine(tmp_path: Path) -> None:
 def test_what_is_free_is_left_to_a_probe_that_waits_for_it(tmp_path: Path) -> None:
     full = node("a", gpus=tuple(gpu("a", i, used=79) for i in range(4)))
     some = rows("aaaa", [full] * 4)
-    assert told(judged(tmp_path, some)) == ["error V2"]
+    assert finding_ids(judged(tmp_path, some)) == ["error V2"]
     probed = judged(tmp_path, some, TP4, "--probe", "gpu")
-    assert (probed.exit_code, told(probed)) == (ExitCode.OK, [])
+    assert (probed.exit_code, finding_ids(probed)) == (ExitCode.OK, [])
     assert len(probed.weights) == 4
     assert probed.weights[0] > 0
-    assert told(judged(tmp_path, some, TP4, "--probe", "gpu", "--preflight-only")) == ["error V2"]
+    assert finding_ids(judged(tmp_path, some, TP4, "--probe", "gpu", "--preflight-only")) == ["error V2"]
 
 
 def test_a_healthy_world_of_two_nodes(tmp_path: Path) -> None:
     """Its kind of GPU is found out, so that what fits is reckoned."""
     verdict = judged(tmp_path, rows("aaaabbbb"), TP8)
-    assert (verdict.exit_code, told(verdict)) == (ExitCode.OK, ["warning A14"])
+    assert (verdict.exit_code, finding_ids(verdict)) == (ExitCode.OK, ["warning A14"])
     assert "8 ranks on 2 nodes (a … b), h100" in verdict.report
     assert any(one.rule == "J" and "room for about" in one.message for one in verdict.findings)
 
@@ -218,9 +218,9 @@ def unlike(version: str) -> HostFacts:
         (rows("aabb", [node("a", 2)] * 2 + [node("b", 2, kind=B200)] * 2), ["error G6"], "NVIDIA B200, SM100"),
         (rows("aabb", [node("a", 2)] * 2 + [node("b", 3)] * 2), ["error G6"], "3 GPUs on b"),
         (rows("aaaa", [NodeGpus(problem="the driver isn't loaded")] * 4), ["error V1"], "no rank sees a GPU"),
-        (rows("aaaa", told=[facts(mpi_library="MPICH Version: 4.2")] * 4), ["error K1"], "isn't Open MPI"),
-        (rows("aaaa", told=[facts(versions=())] * 4), ["error D10"], "isn't installed"),
-        (rows("aaaa", told=[unlike("1.2.0"), *[unlike("1.2.1")] * 3]), ["error D10"], "1.2.0"),
+        (rows("aaaa", of_hosts=[facts(mpi_library="MPICH Version: 4.2")] * 4), ["error K1"], "isn't Open MPI"),
+        (rows("aaaa", of_hosts=[facts(versions=())] * 4), ["error D10"], "isn't installed"),
+        (rows("aaaa", of_hosts=[unlike("1.2.0"), *[unlike("1.2.1")] * 3]), ["error D10"], "1.2.0"),
         (rows("aaaa", [node("a", gpus=tuple(gpu("a", i, mig=True) for i in range(4)))] * 4), ["error V8"], "MIG"),
         (rows("aaaa", [node("a", gpus=tuple(gpu("a", i, used=78) for i in range(4)))] * 4), ["error V2"], "2.0 GiB of"),
     ],
@@ -229,7 +229,7 @@ def test_hosts_and_gpus_that_will_not_do_are_a_mislaunch(
     tmp_path: Path, some: list[RankFacts], rules: list[str], words: str
 ) -> None:
     verdict = judged(tmp_path, some)
-    assert [rule for rule in told(verdict) if rule.startswith("error")] == rules
+    assert [rule for rule in finding_ids(verdict) if rule.startswith("error")] == rules
     assert words in verdict.report
     assert verdict.exit_code is ExitCode.USAGE
 
@@ -241,23 +241,23 @@ def test_a_layout_that_can_not_be_comes_before_hosts(tmp_path: Path) -> None:
     assert verdict.exit_code is ExitCode.ILLEGAL_LAYOUT
 
 
-def test_a_busy_gpu_is_told_and_no_reason_to_stop(tmp_path: Path) -> None:
+def test_a_busy_gpu_is_reported_and_no_reason_to_stop(tmp_path: Path) -> None:
     busy = node("a", gpus=(gpu("a", 0, used=20, holders=((42, 20 * GIB),)), *(gpu("a", i) for i in range(1, 4))))
     verdict = judged(tmp_path, rows("aaaa", [busy] * 4))
-    assert (verdict.exit_code, told(verdict)) == (ExitCode.OK, ["warning V2"])
+    assert (verdict.exit_code, finding_ids(verdict)) == (ExitCode.OK, ["warning V2"])
     assert "rank 0 on a, GPU 0: 60.0 GiB of 80.0 GiB free; pid 42 holds 20.0 GiB" in verdict.report
 
 
 def test_without_gpus_by_permission_the_other_rules_go_on(tmp_path: Path) -> None:
     blind = [row._replace(gpus=NodeGpus()) for row in rows("aaaa")]
-    assert told(judged(tmp_path, blind)) == ["error V1"]
+    assert finding_ids(judged(tmp_path, blind)) == ["error V1"]
     allowed = judged(tmp_path, blind, TP4, "--allow-no-gpu")
-    assert (allowed.exit_code, told(allowed)) == (ExitCode.OK, [])
+    assert (allowed.exit_code, finding_ids(allowed)) == (ExitCode.OK, [])
     strange = [row._replace(facts=facts(mpi_library="MPICH Version: 4.2")) for row in blind]
-    assert told(judged(tmp_path, strange, TP4, "--allow-no-gpu")) == ["error K1"]
+    assert finding_ids(judged(tmp_path, strange, TP4, "--allow-no-gpu")) == ["error K1"]
 
 
-def test_what_ranks_of_another_version_tell_is_not_read(tmp_path: Path) -> None:
+def test_reports_of_another_version_are_not_read(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, WHOLE_LLAMA, "tensor_parallel_size: 2", "--engine", "trtllm")
     own, *_ = cards_of(rows("aa"))
     verdict = evaluate(plan, [own, RankReport("a", "", "99.0", ())])

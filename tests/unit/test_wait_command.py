@@ -44,14 +44,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def begin(*words: str, then: Callable[[], object] | None = None) -> tuple[int, str, str]:
         steps = [] if then is None else [then]
 
-        def tell(self: waiting.ReadinessWaiter) -> None:
-            told(self)
+        def log_once(self: waiting.ReadinessWaiter) -> None:
+            log_missing(self)
             while steps:
                 steps.pop()()
 
-        told = waiting.ReadinessWaiter._log_missing
+        log_missing = waiting.ReadinessWaiter._log_missing
         with monkeypatch.context() as patched:
-            patched.setattr(waiting.ReadinessWaiter, "_log_missing", tell)
+            patched.setattr(waiting.ReadinessWaiter, "_log_missing", log_once)
             code = main(["wait", *words])
         assert not steps, "it has not waited"
         said = capsys.readouterr()
@@ -117,7 +117,7 @@ def test_several_models_and_one(board: Board, run: Run) -> None:
     assert run("--model", "M")[0] == 0
 
 
-def test_a_completion_has_to_come_back(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_must_come_back(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     board.worker("agg", phase="serve")
     asked: list[bytes] = []
 
@@ -169,7 +169,7 @@ def test_a_password_in_the_frontends_url_is_never_said(board: Board, run: Run) -
     assert (code, "hunter22" in out + err) == (ExitCode.USAGE, False)
 
 
-def test_a_failure_that_nobody_takes_up_is_its_end(board: Board, run: Run) -> None:
+def test_an_unhandled_failure_ends_it(board: Board, run: Run) -> None:
     board.failure("decode", "old", time=time.time() - 600, exit_code=70)
     board.worker("prefill", phase="serve")
     dying = board.worker("decode", "f", phase="load")
@@ -184,7 +184,7 @@ def test_a_failure_that_nobody_takes_up_is_its_end(board: Board, run: Run) -> No
     assert (
         "it can't become ready: decode: exit code 78 in load, rank 3 on n4, 0 s ago: error I1: KV types differ" in err
     )
-    assert "rank 3 on n4: killed by SIGKILL\nmore" in err, "the report is told"
+    assert "rank 3 on n4: killed by SIGKILL\nmore" in err, "the report is shown"
 
 
 def test_a_failure_that_another_worker_makes_good(board: Board, run: Run) -> None:
@@ -193,7 +193,7 @@ def test_a_failure_that_another_worker_makes_good(board: Board, run: Run) -> Non
     code, _, err = run(
         "--timeout", "0.4", then=lambda: (board.failure("decode"), board.failure("agg", "x", model="N", namespace="o"))
     )
-    assert code == 137, "nobody is left for the other namespace's"
+    assert code == 137, "no worker is left for the other namespace's"
     assert "agg: exit code 137" in err
     code, _, err = run("--namespace", "dynamo", "--timeout", "0.4", then=lambda: board.failure("decode", "g"))
     assert code == 124
@@ -235,7 +235,7 @@ def test_a_deployment_from_before_its_folder_is_there(board: Board, run: Run, tm
     made[0].close()
 
 
-def test_all_workers_of_a_deployment_have_to_serve(board: Board, run: Run, tmp_path: Path) -> None:
+def test_all_workers_of_a_deployment_must_serve(board: Board, run: Run, tmp_path: Path) -> None:
     run_dir = describe(tmp_path / "run")
     words = ("--run-dir", str(run_dir.path))
     code, _, err = run(*words, "--timeout", "0.2")
@@ -296,7 +296,7 @@ def test_a_launch_that_is_refused_is_the_end_of_the_wait(
     assert (code, "no engine config for the decode worker" in err) == (64, True)
 
 
-def test_a_refused_launch_without_a_named_folder_is_told_where_its_own_exists(
+def test_a_refused_launch_without_a_named_folder_names_the_existing_one(
     board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -360,7 +360,7 @@ def test_services_that_were_started_later_in_the_folder_of_a_deployment_that_end
     assert run("--run-dir", str(run_dir.path))[0] == 0
 
 
-def test_while_launch_runs_a_failure_is_told_and_waited_for(board: Board, run: Run, tmp_path: Path) -> None:
+def test_while_launch_runs_a_failure_is_reported_and_waited_for(board: Board, run: Run, tmp_path: Path) -> None:
     run_dir = describe(tmp_path / "run")
     serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
     board.worker("prefill", phase="serve", launch="d-prefill-0")

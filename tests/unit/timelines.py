@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts as workers might tell them, of any size."""
+"""Starts as workers might report them, of any size."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def start_of(
     probed = judged + 3.0
     loaded = probed + max(own)
     stopped = None if failed is None else probed + load * 0.6
-    told = []
+    timings = []
     for rank, birth in enumerate(births):
         spans = [
             Span(PROCESS_START, -0.8, None, 0.8),
@@ -71,7 +71,7 @@ def start_of(
             if serving is not None:
                 spans.append(Span("drain", loaded - birth + 4.6 + serving, 1.0, 4.0))
                 spans.append(Span("exit", loaded - birth + 8.6 + serving, None, 2.0))
-        told.append(RankTimings(rank, host.format(rank // per_node), began + 0.8 + birth, tuple(spans)))
+        timings.append(RankTimings(rank, host.format(rank // per_node), began + 0.8 + birth, tuple(spans)))
     ready = None if stopped is not None else began + 0.8 + loaded + 4.6
     written = began + 0.8 + (stopped if stopped is not None else loaded + 4.7 + ((serving or 0) + 6 if serving else 0))
     return StartupTrace(
@@ -83,7 +83,7 @@ def start_of(
         outcome=FAILED if stopped is not None else READY if serving is None else ENDED,
         written=written,
         ready=ready,
-        ranks=tuple(told),
+        ranks=tuple(timings),
         layout=RecordedLayout(min(ranks, 16), max(1, ranks // 16), 1, min(ranks, 16), False, ranks, per_node),
         failure=None if failed is None else mishap(failed, host.format(failed // per_node)),
         job="4711",
@@ -99,7 +99,7 @@ def mishap(
 
 
 def skewed() -> StartupTrace:
-    """Return a start with phases that have negative lengths or lie over each other, and with a rank that has told nothing."""
+    """Return a start with phases that have negative lengths or lie over each other, and with a rank that has reported nothing."""
     start = start_of(4, 2)
     first, second, *others = start.ranks
     spans = second.spans
@@ -115,7 +115,7 @@ def skewed() -> StartupTrace:
 
 
 def services() -> StartupTrace:
-    """Return what the services of a deployment told."""
+    """Return what the services of a deployment reported."""
     parts = [
         RankTimings(at, "n0", BEGAN, (Span(name, 0.0, None, 1.0 + at),)) for at, name in enumerate(("etcd", "nats"))
     ]

@@ -48,7 +48,7 @@ def compare(found: Arguments, data: dict[str, Any], keys: EngineKeys, version: T
         section, _, variant = place.partition("=")
         if variant != "*" and not table.keys_of_variant(section, variant, around):
             yield f"new variant {place}: {' '.join(own)}"
-    yield from (f"new check   {name}: read it, and see whether a rule has to know it" for name in _new(found, data))
+    yield from (f"new check   {name}: read it, and see whether a rule must know it" for name in _new(found, data))
     yield from (f"gone check  {name}" for name in data["validators"] if name not in found.validators)
 
 

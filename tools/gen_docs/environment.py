@@ -104,7 +104,7 @@ VARIABLES = (
     Variable(
         ("NATS_SERVER",),
         "user → worker",
-        "`nats://HOST:4222`; has to answer where it is set, or with `--request-plane nats`",
+        "`nats://HOST:4222`; must answer where it is set, or with `--request-plane nats`",
     ),
     Variable(
         ("NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "NATS_AUTH_*", "NATS_TLS_*"),
@@ -202,7 +202,7 @@ VARIABLES = (
     Variable(
         ("SLURM_*", "PMIX_*", "PMI_*", "OMPI_*", "PRTE_*", "MPI_*"),
         "launcher → worker",
-        "tell a rank what launched it and where it stands; `dynamo.trtllm` doesn't get them",
+        "a rank reads from them what launched it, and its place; `dynamo.trtllm` doesn't get them",
     ),
     Variable(
         ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"),

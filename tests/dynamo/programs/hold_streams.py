@@ -77,7 +77,7 @@ class Streams:
 
 
 def listed(port: int, model: str) -> bool:
-    """Tell whether the frontend has the model."""
+    """Return whether the frontend has the model."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/v1/models")

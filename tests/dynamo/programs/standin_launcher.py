@@ -35,7 +35,7 @@ def start_child(pid_file: Path, command: list[str], world_size: int) -> subproce
 
 
 def stop_server_after(child: subprocess.Popen[bytes], address: str, key: bytes) -> None:
-    """Wait for the child and tell the server that nothing more comes."""
+    """Wait for the child and report to the server that nothing more comes."""
     ipc = importlib.import_module("tensorrt_llm.executor.ipc")
     child.wait()
     queue = ipc.ZeroMqQueue((address, key), is_server=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Let all ranks but the last call each other; then all, the last one a round further. Each says whom it does not hear. What nobody heard
+"""Let all ranks but the last call each other; then all, the last one a round further. Each says whom it does not hear. What no rank received
 stays behind, and MPI ends well."""
 
 from __future__ import annotations

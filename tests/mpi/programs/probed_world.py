@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A world that runs probes under rank 0's guard, and nothing else. Arguments: the plan; `strict` or `told`; the kind of GPU, if any.
+"""A world that runs probes under rank 0's guard, and nothing else. Arguments: the plan; `strict` or `report`; the kind of GPU, if any.
 
 Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker; WEIGHTS are the bytes that each rank would load. Where HOLD names a
 file, rank 0 makes `HOLD.up` once the world stands, and begins with the probes once there is `HOLD.go`.
@@ -48,13 +48,13 @@ def lead(world: World, plan: HardwareCheckPlan, phases: PhaseTracker, kind: str 
             world, EvaluationInput(plan, cards, kind, weights), guard, os.environ, strict=strict
         )
     error = report.error
-    told = {
+    results = {
         "findings": [finding.as_json() for finding in report.findings],
         "figures": report.figures,
         "text": report.text,
         "seconds": time.monotonic() - began,
     }
-    print(json.dumps(told), flush=True)
+    print(json.dumps(results), flush=True)
     if error is not None:
         guard.report_orderly_failure(error)
     world.broadcast(bytes([error.exit_code if error else 0]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Break rank 1's second step: the error has to come out of ``follow``, and ends the world with code 70."""
+"""Break rank 1's second step: the error must come out of ``follow``, and ends the world with code 70."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ MEGABYTE = 1 << 20
 
 
 def payload(rank: int, size: int) -> bytes:
-    """Bytes that tell their rank and their place."""
+    """Bytes that identify their rank and their place."""
     return bytes((rank * 37 + place) % 251 for place in range(min(size, 1000))).ljust(size, b"%d" % (rank % 10))
 
 

@@ -221,7 +221,7 @@ class Cluster:
         return processes_in_namespace(namespace, "pid") if namespace else []
 
     def kill_node(self, node: str) -> None:
-        """Power a node off: its cable goes dead, then everything in it gets SIGKILL. Slurm has to find out for itself.
+        """Power a node off: its cable goes dead, then everything in it gets SIGKILL. Slurm must find out for itself.
 
         As with a real power failure no connection is closed towards other hosts: they just hear nothing any more.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = __name__.rpartition(".")[0]
 IMPORT_ROOT = Path(__file__).parents[len(PACKAGE.split("."))]
-"""The folder that has to be on sys.path for ``PACKAGE`` to be found."""
+"""The folder that must be on sys.path for ``PACKAGE`` to be found."""
 
 
 def inside_command(verb: str, state: Path, *arguments: str) -> list[str]:

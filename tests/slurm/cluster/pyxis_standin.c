@@ -374,7 +374,7 @@ static int write_map(const char *path, const char *text)
 	return result;
 }
 
-/* The user is root within, and nobody else outside. */
+/* The user is root within, and no other user outside. */
 static int remap_root(void)
 {
 	char users[32], groups[32];

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the status and the body of what a URL answers; 0 where nobody does."""
+"""Prints the status and the body of what a URL answers; 0 without an answer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post a chat request: ``post_chat.py URL BODY``. Prints the HTTP status, a blank and the answer; 0 when nobody answers."""
+"""Post a chat request: ``post_chat.py URL BODY``. Prints the HTTP status, a blank and the answer; 0 without an answer."""
 
 from __future__ import annotations
 

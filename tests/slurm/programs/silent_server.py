@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 
-# the kernel completes connections by itself: nobody has to accept them
+# the kernel completes connections by itself, without an accept
 with socket.create_server((sys.argv[1], 0), backlog=16) as server:
     print(server.getsockname()[1], flush=True)
     signal.pause()

@@ -36,7 +36,7 @@ class NVMLError_InvalidArgument(NVMLError):
 
 
 class UnknownCallError(BaseException):
-    """No `Exception`: whoever asks for what isn't here would take that for an old driver."""
+    """No `Exception`: a caller of what isn't here would take that for an old driver."""
 
 
 def __getattr__(name: str) -> NoReturn:

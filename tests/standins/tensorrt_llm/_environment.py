@@ -29,7 +29,7 @@ _FAULTS = {
 
 
 def reports_worker_death() -> bool:
-    """Whether this version tells the proxy of a worker that failed, and checks the size of a session."""
+    """Whether this version informs the proxy of a worker that failed, and checks the size of a session."""
     numbers = re.match(r"(\d+)\.(\d+)", VERSION)
     if numbers is None:
         raise ValueError(f"STANDIN_TRTLLM_VERSION is {VERSION!r}, which is no version")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MPI as the package sees it. Importing this starts MPI and is collective: all ranks of the world have to do it."""
+"""MPI as the package sees it. Importing this starts MPI and is collective: all ranks of the world must do it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def for_role(request: GenerationRequest, params: DisaggregatedParams | None) -> 
 def offered(
     chunk: TokenChunk, request_id: int, token_ids: list[int], asked: DisaggregatedParams | None
 ) -> DisaggregatedParams | None:
-    """Return what decode has to know of a prompt that this worker has prefilled; None where it has not been asked to."""
+    """Return what decode must know of a prompt that this worker has prefilled; None where it has not been asked to."""
     if chunk.kv_transfer_params is None or asked is None:
         return None
     state = json.dumps(dict(chunk.kv_transfer_params)).encode()

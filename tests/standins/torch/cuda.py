@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine without GPUs, so that whoever counts them instead of taking ``--gpus-per-node`` is refused."""
+"""A machine without GPUs, so that a caller who counts them instead of taking ``--gpus-per-node`` is refused."""
 
 from __future__ import annotations
 

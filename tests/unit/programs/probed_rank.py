@@ -26,7 +26,7 @@ RANK, SIZE = 2, 4
 
 
 class NoWorld:
-    """The little of a world that a lifeline needs."""
+    """The little of a world that a heartbeat client needs."""
 
     rank, size = RANK, SIZE
 

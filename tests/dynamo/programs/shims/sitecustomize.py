@@ -5,7 +5,7 @@ SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in
 SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
 SHIM_FINALIZER=N: rank N hangs in C when its interpreter ends, so that the others wait for it in MPI_Finalize.
 SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
-SHIM_TELLTALE=N: rank N can't build its engine, and says so with all of SHIM_SECRETS.
+SHIM_TELLTALE=N: rank N can't build its engine, and fails with all of SHIM_SECRETS.
 SHIM_STARTER=N: when it has loaded, rank N starts processes in sessions of their own that outlive it, one anew and one only forked, and
 writes their pids into the file SHIM_STARTED.
 """
@@ -71,7 +71,7 @@ def break_after(run_step: Any, steps: int) -> Any:
 def start_after(load: Any) -> Any:
     def load_and_start(self: Any) -> None:
         load(self)
-        # a shell between, so that nobody's child is left: it holds what the rank has as stdout and stderr
+        # a shell between, so that an orphan is left: it holds what the rank has as stdout and stderr
         shell = "sleep 600 >&2 & echo $!"
         anew = subprocess.run(["setsid", "sh", "-c", shell], stdout=subprocess.PIPE, text=True, check=True).stdout
         reader, writer = os.pipe()

@@ -96,14 +96,14 @@ class GenerationExecutorProxy:
                 self._requests.put(CancellingRequest(request_id))
 
     def shutdown(self) -> None:
-        """Let the workers leave their task, and wait for rank 0 to say so."""
+        """Let the workers leave their task, and wait for rank 0's message."""
         if self._stopping.is_set():
             return
         self._stopping.set()
         with self._lock:
             self._requests.put(None)
         if self._fatal_error is not None:
-            # nobody will answer, and a thread still reads from the result queue
+            # there will be no answer, and a thread still reads from the result queue
             shutil.rmtree(self._folder, ignore_errors=True)
             return
         for thread in self._threads:

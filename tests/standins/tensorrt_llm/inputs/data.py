@@ -19,7 +19,7 @@ def prompt_of(inputs: object) -> list[int]:
     """Return the token ids of a prompt.
 
     Raises:
-        RequestError: there are images; it says as JSON which, and with which tokens, as nobody else could.
+        RequestError: there are images; it says as JSON which, and with which tokens, as no other part could.
         NotImplementedError: the stand-in doesn't know such a prompt.
     """
     if isinstance(inputs, list):

@@ -48,7 +48,7 @@ class BaseLLM:
         self.mpi_session: MpiSession | None = None
         self._request_ids = itertools.count(1)
         self._in_flight: set[str] = set()
-        self._steps = self._steps_told = 0
+        self._steps = self._steps_reported = 0
         self._stopped = False
         print(
             f"standin tensorrt_llm {VERSION}: tp {args.tensor_parallel_size} x pp {args.pipeline_parallel_size} x "
@@ -122,10 +122,10 @@ class BaseLLM:
 
     async def get_stats_async(self, timeout: float = 2) -> AsyncIterator[dict[str, Any]]:
         """Yield what runs now, once, if anything has happened since the last time; each active request counts as a full slot."""
-        if self._steps == self._steps_told:
+        if self._steps == self._steps_reported:
             await asyncio.sleep(timeout)
             return
-        self._steps_told = self._steps
+        self._steps_reported = self._steps
         limits = self._executor.limits
         active = min(len(self._in_flight), limits.max_batch_size)
         used = active * limits.total_kv_blocks // limits.max_batch_size

@@ -67,7 +67,7 @@ class KvCacheConnectorConfig(_Strict):
 
 
 class BaseLlmArgs(_Strict):
-    """What an LLM is made from. ``gpus_per_node`` has to be said: nobody can count GPUs that aren't there."""
+    """What an LLM is made from. ``gpus_per_node`` must be given: GPUs that aren't there can't be counted."""
 
     model: str
     gpus_per_node: int

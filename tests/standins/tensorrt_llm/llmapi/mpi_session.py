@@ -46,9 +46,9 @@ def validate_session_world_size(session: object, world_size: int) -> None:
 
 
 class MpiCommSession(MpiSession):
-    """All ranks of a communicator; rank 0's task runs in a thread. The others have to enter ``MPICommExecutor(comm)``.
+    """All ranks of a communicator; rank 0's task runs in a thread. The others must enter ``MPICommExecutor(comm)``.
 
-    As with the real one nobody waits for them to do so: mpi4py splits ``comm`` in a thread of its own, and a task of rank 0
+    As with the real one nothing waits for them to do so: mpi4py splits ``comm`` in a thread of its own, and a task of rank 0
     that does something collective on ``comm`` before that has ended hangs with it.
     """
 
@@ -159,7 +159,7 @@ class RemoteMpiCommSessionClient(MpiSession):
         return self._queue.get() if self._queue.poll(0.1) else False
 
     def check_worker_error(self) -> BaseException | None:
-        """Return the error of a worker that the server has told of."""
+        """Return the error of a worker that the server has reported."""
         while self._queue.poll(0):
             message = self._queue.get()
             if isinstance(message, RemoteWorkerDeath):
