@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import time
 
-from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
+from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
+from dynamo_mpi.supervisor.failure_reports import died_with_agent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from dynamo_mpi.supervisor.agent_peers import LostAgent
 
 
 MAX_TEXT = 4000
@@ -52,6 +55,25 @@ def first_of_each_rank(observed: Sequence[ObservedFailure]) -> list[ObservedFail
     for each in sorted(observed, key=lambda one: one.failure.at):
         found.setdefault(each.failure.rank, each)
     return list(found.values())
+
+
+def with_lost_agents(observed: Sequence[ObservedFailure], lost: Sequence[LostAgent]) -> list[ObservedFailure]:
+    """Add the deaths that no agent was left to observe, if only their consequences were observed: ranks that Open MPI has ended.
+
+    Args:
+        observed: at least one failure, in the order in which they happened.
+        lost: the agents that are lost and not replaced. The first rank of a node replaces its agent, so it is dead too.
+    """
+    if not all(ENDED_BY_MPI in each.failure.text for each in observed):
+        return list(observed)
+    deaths = []
+    for number, host, at in lost:
+        error = died_with_agent(host)
+        failure = Failure(
+            number, int(error.exit_code), str(error), DetectedBy.DISCONNECT, observed[0].failure.phase, at
+        )
+        deaths.append(ObservedFailure(failure, host))
+    return first_of_each_rank([*deaths, *observed])
 
 
 def compose_report(observed: Sequence[ObservedFailure], phase: str) -> Report:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 
-from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, Protocol
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import selectors
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 HUB = 0
 """The hub's number."""
 _FLUSH_SECONDS = 0.5
+
+
+class LostAgent(NamedTuple):
+    """An agent whose connection has closed and that no successor has replaced.
+
+    Args:
+        number: its number, the lowest rank of its node.
+        host: its node.
+        at: when that was noticed, in seconds of the monotonic clock.
+    """
+
+    number: int
+    host: str
+    at: float
 
 
 class PeerEvents(Protocol):
@@ -58,6 +73,8 @@ class AgentPeers:
         self._deputy: tuple[int, dict[str, Any]] | None = None
         self._own_endpoint: dict[str, Any] = {}
         self._leases = ""
+        self._hosts: dict[int, str] = {}
+        self._lost_at: dict[int, float] = {}
 
     @property
     def exist(self) -> bool:
@@ -73,6 +90,11 @@ class AgentPeers:
     def has_hub(self) -> bool:
         """Whether the hub is connected."""
         return HUB in self.agents
+
+    @property
+    def lost(self) -> list[LostAgent]:
+        """The agents that are lost and not replaced, in the order in which they were lost."""
+        return [LostAgent(number, self._hosts.get(number, ""), at) for number, at in self._lost_at.items()]
 
     def listen(self, listener: socket.socket) -> None:
         """Accept other agents on this socket, now or when the network is joined."""
@@ -143,7 +165,11 @@ class AgentPeers:
     def _on_message(self, number: int, message: dict[str, Any]) -> None:
         """Handle a message of another agent; agents of other versions may send other keys, so each key is checked."""
         if message.get("joined"):
+            self._lost_at.pop(number, None)
+            self.send(number, {"host": self._host})
             self._on_joined(number)
+        if isinstance(host := message.get("host"), str):
+            self._hosts[number] = host
         if message.get("deputy"):
             self._become_deputy()
         elif "deputy" in message:
@@ -196,6 +222,7 @@ class AgentPeers:
             self.send(HUB, {"listens": self._own_endpoint})
 
     def _on_lost(self, number: int) -> None:
+        self._lost_at[number] = time.monotonic()
         if self._network is None or not self._events.on_peer_lost(number):
             return
         if self.is_hub:

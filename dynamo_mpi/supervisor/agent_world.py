@@ -26,6 +26,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     decode_observed,
     encode_observed,
     first_of_each_rank,
+    with_lost_agents,
 )
 from dynamo_mpi.supervisor.agent_peers import HUB, AgentPeers
 from dynamo_mpi.supervisor.failure_reports import host_lost
@@ -249,7 +250,7 @@ class WorldWatch:
                 how, phase = DetectedBy.HOST_UNREACHABLE, self.history.phase
                 failure = Failure(0, int(error.exit_code), str(error), how, phase, self._hub_lost_at)
                 self._observed.append(ObservedFailure(failure, self.rendezvous.host))
-            observed = first_of_each_rank(self._observed)
+            observed = with_lost_agents(first_of_each_rank(self._observed), self._peers.lost)
             # before the preflight result each rank has a phase of its own
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
             report = compose_report(observed, phase)

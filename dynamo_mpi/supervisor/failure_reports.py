@@ -62,6 +62,15 @@ def rank_ended(host: str, phase: str, status: int | None, launcher: Launcher) ->
     )
 
 
+def died_with_agent(host: str) -> DynamoMpiError:
+    """Return the error for the first rank of a node whose node agent is lost and not replaced: that rank would have started another."""
+    return EngineError(
+        "died together with its node agent: both were killed at once, or their host was",
+        expected="every rank runs until the worker ends",
+        fix=f"check whether {host} is up and was restarted, and dmesg there: a job that is out of memory may lose all its processes",
+    )
+
+
 def host_lost(host: str) -> DynamoMpiError:
     """Return the error for a host that doesn't answer."""
     return RetryableError(

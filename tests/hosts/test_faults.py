@@ -12,7 +12,7 @@ import pytest
 from tests.fault_cases import CHILD, Case
 
 from .conftest import FindLauncher
-from .fault_runner import CODES, FIRST, LAUNCHER_SECONDS, HostsFaults, codes_for, hosts_faults
+from .fault_runner import CODES, LAUNCHER_SECONDS, HostsFaults, codes_for, hosts_faults
 from .hosts import Hosts
 from .launchers import NAMES
 
@@ -97,10 +97,11 @@ def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
 
 
 # MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.all_faults)])
-def test_where_rank_0_is_killed_together_with_its_agent_that_of_another_host_reports(
-    name: str, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+def test_where_a_rank_is_killed_together_with_its_agent_that_of_another_host_reports(
+    name: str, rank: int, runner: HostsFaults, find: FindLauncher, tmp_path: Path
 ) -> None:
-    case = Case("kill", "serve", 0, signalled=True)
+    case = Case("kill", "serve", rank, signalled=True)
     outcome = runner.run(find(name), case, tmp_path, with_agent=True)
-    outcome.check(FIRST, CODES[name]["kill"], LAUNCHER_SECONDS[name])
+    outcome.check(runner.host(rank), CODES[name]["kill"], LAUNCHER_SECONDS[name])

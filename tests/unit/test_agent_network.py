@@ -93,7 +93,7 @@ def test_the_successor_of_a_hub_hears_those_that_connect_again(
     spoke.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
     successor = make(0)
     successor.network.listen(listener.dup())
-    turn_until([successor, spoke], successor.joined)
+    turn_until([successor, spoke], lambda: successor.joined() and spoke.joined() == [HUB, HUB])
     assert spoke.joined() == [HUB, HUB]
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report
 from dynamo_mpi.supervisor.agent_world import WorldWatch
@@ -86,17 +86,17 @@ class Agent:
             self.watch.decide()
         self.watch.tick()
 
-    def dies(self, at: float = 0.0) -> None:
+    def dies(self, at: float = 0.0, text: str = "died") -> None:
         """Its own rank dies, or has died."""
         if self.rank == 0:
             self.rank_0_lives = False
             self.watch.on_rank0_exit(in_order=False)
         if not self.watch.history.was_ended_by_launcher(self.rank):
-            self.watch.on_failure(ObservedFailure(death(self.rank, at), self.host))
+            self.watch.on_failure(ObservedFailure(death(self.rank, at, text), self.host))
 
 
-def death(rank: int, at: float = 0.0) -> Failure:
-    return Failure(rank, 70, "died", DetectedBy.DISCONNECT, "serve", time.monotonic() + at)
+def death(rank: int, at: float = 0.0, text: str = "died") -> Failure:
+    return Failure(rank, 70, text, DetectedBy.DISCONNECT, "serve", time.monotonic() + at)
 
 
 def turn_until(agents: list[Agent], condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -142,6 +142,29 @@ def test_the_hub_reports_the_death_that_came_first_and_ends_all(world: list[Agen
     assert all(agent.watch.reported for agent in world)
     assert all(agent.ended[0] == 70 for agent in world)
     assert hub.notes.revoked
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_rank_that_died_with_its_agent_is_the_cause_where_open_mpi_ended_rank_0(
+    world: list[Agent], is_replaced: bool
+) -> None:
+    hub, deputy, other = world
+    other.watch.close()
+    turn_until([hub, deputy], lambda: hub.watch._peers.lost)
+    left = [hub, deputy]
+    if is_replaced:
+        # the rank lives, as it has started another
+        left.append(Agent(other.rank, other.meeting.agent_port))
+        left[-1].join()
+        turn_until(left, lambda: not hub.watch._peers.lost)
+    hub.dies(text=f"died: {ENDED_BY_MPI}")
+    turn_until(left, lambda: reports(left))
+    (report,) = reports(left)
+    cause = hub if is_replaced else other
+    assert (report.failure.rank, report.host, report.reporter) == (cause.rank, cause.host, cause.rank)
+    assert ("error in serve: died together with its node agent" in report.text) == (not is_replaced)
+    assert [seen.failure.rank for seen in report.consequences] == ([] if is_replaced else [0])
+    left[-1].watch.close()
 
 
 def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
