@@ -79,6 +79,8 @@ _EXIT_CODES = {
 }
 # these rules assume a correct placement of the ranks
 _PLACEMENT_RULES = ("A10", "A14")
+# of the ranks' rules, those that say what the engine needs
+_ENGINE_RULES = ("A11",)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,12 @@ def _watch(label: str, path: Path, error_type: type[ModelNotFoundError] | type[C
         raise error_type(
             f"the {label} {path} can't be read: {error.strerror}", fix="check the path and its rights"
         ) from None
+
+
+def refusal_of_ranks(reports: Sequence[RankReport]) -> tuple[ExitCode, str]:
+    """Return why the ranks can't work together, whatever the engine: exit code and report; OK if they can. Pure."""
+    findings = [finding for finding in check_ranks(reports) if finding.rule not in _ENGINE_RULES]
+    return exit_code_of(findings, _EXIT_CODES), render(findings)
 
 
 def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightResult:

@@ -91,6 +91,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dynamo-mpi timeline --run-dir dynamo_mpi-1234 -o start.html",
     ),
     "stage": (
+        "dynamo-mpi stage /shared/DeepSeek-R1 --stage /local/scratch --nodes n[1-4]",
         "dynamo-mpi stage --stage /local/scratch",
         "srun --ntasks-per-node=1 dynamo-mpi stage --stage /local/scratch --unstage all",
     ),

@@ -30,7 +30,7 @@ VERBS = {
     "status": "show what runs, its progress, and what has failed; --watch",
     "wait": "wait until a deployment is ready and has answered, or has failed",
     "timeline": "show a start: every rank's phases, the slowest ranks, where it failed",
-    "stage": "show or remove the copies of models on this node",
+    "stage": "copy a model to nodes' disks, show or remove the copies",
     "down": "end a deployment, or selected workers, in order",
     "completion": "print a script that completes verbs and flags, for bash, zsh or tcsh",
 }

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show the copies of models that workers with --stage have made on this node, or remove them. Copies that a worker uses or makes stay.
+"""Copy a model to a folder on nodes' disks ahead of a job, show the copies that are on this node, or remove them.
 
-On all nodes of an allocation: srun --ntasks-per-node=1 dynamo-mpi stage --stage /local/scratch
+A MODEL is copied to this node, or to those that --nodes lists, by a step beside the job's others; a node that has it already feeds the
+others. Copies that a worker uses or makes stay. The copies on all nodes: srun --ntasks-per-node=1 dynamo-mpi stage --stage /local/scratch
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
@@ -16,69 +20,161 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.config.options import Option, add_options, resolve, to_folder
+from dynamo_mpi.deploy.hostlist import expand
+from dynamo_mpi.deploy.launchers import staging_step, without_srun_input
+from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.layout.format import gib
+from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory
 from dynamo_mpi.stage.manifest import StageError
-from dynamo_mpi.stage.store import Store
+from dynamo_mpi.stage.store import Store, own_name
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from dynamo_mpi.stage.store import Entry
 
 STAGE = Option("stage", ("--stage",), ("DYN_MPI_STAGE",), None, to_folder, "the folder that workers got by --stage")
+OPTIONS = (STAGE, *(option for option in LAUNCH_OPTIONS if option.name in ("mpi", "srun_args", "python")))
 ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
-    add_options(parser, (STAGE,))
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id of a model to copy")
+    add_options(parser, OPTIONS)
+    parser.add_argument("--nodes", metavar="LIST", help="nodes of the Slurm job to copy it to, as Slurm writes them")
+    parser.add_argument("--dry-run", action="store_true", help="print the command that copies, don't run it")
     parser.add_argument("--unstage", nargs="+", metavar="NAME", help=f"remove these copies, or {ALL}")
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; return the exit code: 75 if a copy stays because it is in use.
+    """Run the verb; return the exit code: 75 if a copy stays because it is in use. Doesn't return after starting to copy.
 
     Raises:
         UsageError: no folder is given, it can't be used, or has no such copy.
     """
-    values, _ = resolve((STAGE,), vars(arguments), os.environ, {})
+    values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
     if values["stage"] is None:
         raise UsageError("no folder was given", expected="the workers' folder", fix="--stage DIR, or DYN_MPI_STAGE=DIR")
-    if not os.path.isdir(values["stage"]):
-        raise UsageError(f"there is no folder {values['stage']} on {host_name()}", fix="correct --stage")
+    if arguments.model is not None:
+        return _copy(_Copying(arguments.model, arguments.nodes, arguments.dry_run, values))
+    if arguments.nodes is not None or arguments.dry_run:
+        raise UsageError(
+            "--nodes and --dry-run are for copying a model, and none was given",
+            expected="a model",
+            fix="dynamo-mpi stage MODEL --stage DIR --nodes LIST; copies on several nodes: srun dynamo-mpi stage",
+        )
+    return _show(str(values["stage"]), arguments.unstage or [], as_json=arguments.output == "json")
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """What to copy where.
+
+    Args:
+        model: folder or hub id.
+        nodes: a list of nodes; None for this one.
+        dry_run: only print the command.
+        values: the settings, by name.
+    """
+
+    model: str
+    nodes: str | None
+    dry_run: bool
+    values: Mapping[str, object]
+
+
+def _copy(copying: _Copying) -> int:
+    values = copying.values
+    model = os.path.abspath(copying.model) if os.path.isdir(copying.model) else copying.model
+    python = str(values["python"] or sys.executable)
+    words = (python, "-m", "dynamo_mpi.worker", "--only-stage", "--model", model, "--stage", str(values["stage"]))
+    if copying.nodes is None:
+        # of an allocation's shell: there it would be refused, as one rank of several
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        command = Command("stage", "stage", (words,))
+    else:
+        nodes = expand(copying.nodes, "--nodes")
+        job = os.environ.get("SLURM_JOB_ID", "")
+        environ = without_srun_input(os.environ)
+        command = staging_step(job or "JOB", nodes, str(values["mpi"]), _words(values["srun_args"]), words)
+        if not job and not copying.dry_run:
+            mpirun = f"mpirun --host {','.join(nodes)} --map-by ppr:1:node -n {len(nodes)}"
+            raise UsageError(
+                "this is no Slurm allocation: SLURM_JOB_ID isn't set",
+                expected="a shell of the job that has these nodes",
+                fix=f"run it there; without Slurm: {mpirun} {' '.join(words)}",
+            )
+    if copying.dry_run:
+        write_out(command.shown())
+        return int(ExitCode.OK)
+    sys.stdout.flush()
     try:
-        store = Store(str(values["stage"]))
-        kept = _unstage(store, arguments.unstage) if arguments.unstage else []
-        entries = store.entries()
+        # its exit code and its signals are those of the step
+        os.execvpe(command.words[0], command.words, {**environ, **command.environment})  # noqa: S606 - no shell is wanted
+    except OSError as error:
+        raise UsageError(
+            f"{command.words[0]} can't be run: {error.strerror}",
+            fix="run this on the host, with Slurm's commands on PATH",
+        ) from None
+
+
+def _words(value: object) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, tuple) else ()
+
+
+def _show(folder: str, names: list[str], *, as_json: bool) -> int:
+    """Remove copies, and show those that are left."""
+    if not os.path.isdir(folder):
+        raise UsageError(f"there is no folder {folder} on {host_name()}", fix="correct --stage")
+    entries: list[Entry] = []
+    kept: list[str] = []
+    path = os.path.join(folder, own_name())
+    try:
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(Store(folder, create=False)) as store:
+            path, entries = store.path, store.entries()
+            if names:
+                kept = _unstage(store, names, entries)
+                entries = store.entries()
     except StageError as error:
         raise UsageError(str(error), fix="correct --stage, or the folder's rights") from None
-    if arguments.output == "json":
+    if names and not os.path.isdir(path):
+        raise _unknown(names, path, [])
+    if as_json:
         listed = [entry._asdict() for entry in entries]
-        write_out(json.dumps({"host": host_name(), "folder": store.path, "free": store.free_bytes(), "copies": listed}))
+        write_out(json.dumps({"host": host_name(), "folder": path, "free": free_bytes(folder), "copies": listed}))
     else:
-        write_out("\n".join([_head(store, entries), *(_line(entry) for entry in entries)]))
+        write_out("\n".join([_head(folder, path, entries), *map(_line, entries)]))
         if kept:
             write_out(f"in use and kept: {', '.join(kept)}")
     return int(ExitCode.TEMPORARY if kept else ExitCode.OK)
 
 
-def _unstage(store: Store, names: list[str]) -> list[str]:
+def _unstage(store: Store, names: list[str], entries: list[Entry]) -> list[str]:
     """Remove copies; return the names of those that are in use."""
-    there = [entry.name for entry in store.entries()]
+    there = [entry.name for entry in entries]
     if unknown := sorted(set(names) - {*there, ALL}):
-        raise UsageError(
-            f"there is no copy {', '.join(map(sanitize, unknown))} in {store.path}",
-            expected=", ".join(there) or "a copy; there is none",
-            fix="dynamo-mpi stage lists them",
-        )
+        raise _unknown(unknown, store.path, there)
     return [name for name in there if (name in names or ALL in names) and not store.remove(name)]
 
 
-def _head(store: Store, entries: list[Entry]) -> str:
-    where = "memory" if store.in_memory else store.type or "disk"
-    used = gib(sum(entry.size for entry in entries))
-    return f"{host_name()}: {len(entries)} copies, {used}, in {store.path} ({where}, {gib(store.free_bytes())} free)"
+def _unknown(names: list[str], path: str, there: list[str]) -> UsageError:
+    return UsageError(
+        f"there is no copy {', '.join(map(sanitize, names))} in {path}",
+        expected=", ".join(there) or "a copy; there is none",
+        fix="dynamo-mpi stage lists them",
+    )
+
+
+def _head(folder: str, path: str, entries: list[Entry]) -> str:
+    kind = file_system_type(folder)
+    where = "memory" if is_in_memory(kind) else kind or "disk"
+    count = f"{len(entries)} {'copy' if len(entries) == 1 else 'copies'}"
+    size = gib(sum(entry.size for entry in entries))
+    return f"{host_name()}: {count}, {size}, in {path} ({where}, {gib(free_bytes(folder))} free)"
 
 
 def _line(entry: Entry) -> str:

@@ -25,6 +25,7 @@ WORKER: Groups = {
     "GPUs": ("gpus_per_node", "gpu", "allow_no_gpu"),
     "registration": ("namespace", "component", "endpoint", "request_plane", "discovery_backend", "no_peer_check"),
     "hardware checks": ("probe", "probe_strict", "probe_timeout", "probe_seconds", "probe_kv_seconds"),
+    "one copy of the model on each node": ("stage", "only_stage", "stage_timeout", "stage_readers", "stage_verify"),
     "time limits": ("world_timeout", "load_timeout", "warmup_timeout", "drain_timeout", "heartbeat_timeout"),
     "networks and KV transfer": (
         "liveness_network",

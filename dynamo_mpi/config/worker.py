@@ -74,6 +74,7 @@ class Settings:
     probe_seconds: float
     probe_kv_seconds: float | None
     stage: Path | None
+    only_stage: bool
     stage_timeout: float
     stage_readers: int
     stage_verify: str

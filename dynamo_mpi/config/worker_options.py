@@ -242,6 +242,15 @@ OPTIONS: tuple[Option, ...] = (
         "them; later starts and other workers on the node use the same copy",
     ),
     Option(
+        "only_stage",
+        ("--only-stage",),
+        ("DYN_MPI_ONLY_STAGE",),
+        False,
+        to_switch,
+        "copy the model to the nodes as --stage says, and end: for workers that start later. Neither an engine config nor etcd is needed",
+        switch=True,
+    ),
+    Option(
         "stage_timeout",
         ("--stage-timeout",),
         ("DYN_MPI_STAGE_TIMEOUT",),

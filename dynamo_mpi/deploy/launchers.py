@@ -177,6 +177,33 @@ def _on_nodes(command: Command, nodes: Sequence[str]) -> Command:
     return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(nodes)})
 
 
+def staging_step(
+    job: str, nodes: Sequence[str], mpi: str, srun_args: tuple[str, ...], words: tuple[str, ...]
+) -> Command:
+    """Return the step that copies a model to nodes, beside the job's other steps.
+
+    Args:
+        job: the job's id.
+        nodes: the nodes, one rank on each.
+        mpi: srun's MPI plugin.
+        srun_args: further words for srun.
+        words: the ranks' command line.
+    """
+    count = len(nodes)
+    placed = (f"--nodes={count}", f"--nodelist={','.join(nodes)}", f"--ntasks={count}", "--ntasks-per-node=1")
+    ends = ("--kill-on-bad-exit=1", f"--wait={_WAIT_SECONDS}")
+    options = (
+        f"--jobid={job}",
+        "--job-name=dynamo-mpi-stage",
+        "--export=ALL",
+        "--overlap",
+        f"--mpi={mpi}",
+        *placed,
+        *ends,
+    )
+    return _on_nodes(Command("stage", "stage", (("srun", *options, *srun_args), words)), nodes)
+
+
 def token_of(run_dir: Path) -> str:
     """Return the token that distinguishes a deployment's steps from others of the same job: constant for a folder."""
     return f"{zlib.crc32(str(run_dir).encode('utf-8', 'surrogateescape')):08x}"

@@ -15,7 +15,7 @@ class EngineSpec(NamedTuple):
     """The engine to build. The engine chooses sizes that are None.
 
     Args:
-        engine: its name, a value of ``--engine``.
+        engine: its name, a value of ``--engine``; empty if only ``stage`` is done.
         model_dir: the model directory.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.

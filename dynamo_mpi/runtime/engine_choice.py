@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def check_engine_installed(settings: Settings) -> None:
-    """Check that the engine can be started here, unless only its layout is to be checked.
+    """Check that the engine can be started here, if it will be.
 
     Raises:
         UsageError: its package isn't installed.
     """
-    if settings.engine != "trtllm" or settings.preflight_only:
+    if settings.engine != "trtllm" or settings.preflight_only or settings.only_stage:
         return
     if find_spec("dynamo") is None or find_spec("dynamo.trtllm") is None:
         raise UsageError(

@@ -151,6 +151,8 @@ def _finish_staging(
 
 
 def _follow(context: RankContext, spec: EngineSpec, heartbeat: HeartbeatClient) -> int:
+    if not spec.engine:
+        return context.world.broadcast()[1]
     if spec.engine == "trtllm":
         return _follow_trtllm(context, heartbeat)
     return _follow_engine(context.world, context.launch, spec, heartbeat, context.phases)

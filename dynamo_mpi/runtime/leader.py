@@ -8,8 +8,8 @@ import time
 from functools import partial
 
 from dynamo_mpi.checks.hardware import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
-from dynamo_mpi.checks.preflight import check_frontend_can_load, evaluate, load_inputs
-from dynamo_mpi.checks.rank_report import RankReport, collect_rank_report
+from dynamo_mpi.checks.preflight import check_frontend_can_load, evaluate, load_inputs, refusal_of_ranks
+from dynamo_mpi.checks.rank_report import RankReport, ReportRequest, collect_rank_report
 from dynamo_mpi.common.credentials import clients_environ, held, load_services
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_error
@@ -20,10 +20,11 @@ from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
+from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
-from dynamo_mpi.runtime.leader_staging import LeaderStaging
+from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
     from dynamo_mpi.discovery.registration_monitor import InstanceLease
-    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.signals import ShutdownSignals
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
@@ -82,47 +82,46 @@ class LeaderRank:
             self._supervisor.abort(error)
 
     def _run(self) -> int:
-        argv = self._context.argv
         with self._phases.enter("preflight"):
             try:
                 load_services()
                 if held():
                     forbid_core_dumps()
                 settings = load_settings(self._sources)
+                if settings.only_stage:
+                    settings = settings_to_only_stage(settings)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_status_hooks(settings)
                 for line in former_names(self._sources):
                     self._log.warning(line)
                 check_engine_installed(settings)
                 settings = resolve_model_dir(settings, os.environ)
-                inputs = load_inputs(settings, argv)
+                if settings.only_stage:
+                    return self._stage_only(settings)
+                inputs = load_inputs(settings, self._context.argv)
             except DynamoMpiError as error:
                 return self._stop(f"error: {error}", error.exit_code)
-            reports = self._collect_reports(inputs, argv)
+            reports = self._collect_reports(inputs.report_request)
             result = evaluate(inputs, reports)
             self._preflight_seconds = self._phases.age
             if self._hooks.status is not None:
                 self._hooks.status.severities = tuple(finding.severity for finding in result.findings)
-            rank0_address: Choice | None = None
-            # only ranks on several hosts report their networks
-            if result.exit_code is ExitCode.OK and any(report.networks for report in reports):
-                from dynamo_mpi.runtime.reach import choose_rank0_address
-
-                try:
-                    rank0_address = choose_rank0_address(reports, settings.liveness_network)
-                except DynamoMpiError as error:
-                    return self._stop(f"error: {error}", error.exit_code)
             if result.exit_code is not ExitCode.OK:
                 return self._stop(result.report, result.exit_code)
-            if rank0_address is not None:
-                self._log.info(rank0_address.line)
+            try:
+                rank0_address = self._choose_address(settings, reports)
+            except DynamoMpiError as error:
+                return self._stop(f"error: {error}", error.exit_code)
             if settings.preflight_only:
                 return self._stop(result.report, result.exit_code)
             self._log.info(result.report)
             if rank0_address is not None:
                 settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:
-                self._prepare_runtime(settings, rank0_address)
+                from dynamo_mpi.runtime.runtime_environment import prepare_runtime
+
+                for line in prepare_runtime(settings, rank0_address):
+                    self._log.warning(line)
                 self._hooks.assign_runtime_port(settings)
                 check_frontend_can_load(settings.model, inputs.report_request.files[0].content)
                 signals = self._publish_record(settings, result, reports)
@@ -142,39 +141,67 @@ class LeaderRank:
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
             supervisor.close()
             return refused
-        try:
-            spec = spec._replace(model_dir=staging.finish() or spec.model_dir)
-        except DynamoMpiError as error:
-            supervisor.report_orderly_failure(error)
-            self._release_ranks(error.exit_code)
-            supervisor.close()
-            return error.exit_code
+        copy, code = self._finish_staging(staging, supervisor)
+        if code is not ExitCode.OK:
+            return code
+        spec = spec._replace(model_dir=copy or spec.model_dir)
         worker = WorkerContext(
             self._context, settings, supervisor, self._hooks, reports, self._instance_lease(settings)
         )
         if settings.engine == "trtllm":
-            code = self._lead_trtllm(worker, inputs, spec.model_dir)
+            exit_code = self._lead_trtllm(worker, inputs, spec.model_dir)
         else:
             from dynamo_mpi.runtime.engine_runner import EngineRunner
 
             runner = EngineRunner(worker, signals, self._release_ranks)
-            code = runner.run(spec, inputs.shape.bos_token_id or 0, partial(self._on_ready, settings))
+            exit_code = runner.run(spec, inputs.shape.bos_token_id or 0, partial(self._on_ready, settings))
         supervisor.close()
+        return exit_code
+
+    def _stage_only(self, settings: Settings) -> ExitCode:
+        """Copy the model to the nodes, and end. Neither an engine config nor etcd or NATS is needed.
+
+        Raises:
+            DynamoMpiError: it can't begin.
+        """
+        reports = self._collect_reports(ReportRequest(tuple(self._context.argv), str(settings.model), (), ()))
+        code, text = refusal_of_ranks(reports)
+        if code is not ExitCode.OK:
+            return self._stop(text, code)
+        rank0_address = self._choose_address(settings, reports)
+        self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
+        plan = staging.plan(reports, rank0_address.network if rank0_address else "")
+        self._catch_signals()
+        supervisor = self._start_supervisor(settings, reports, rank0_address.address if rank0_address else "")
+        spec = EngineSpec("", str(settings.model), 1, 1, 1, stage=plan)
+        self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
+        staging.begin()
+        _, code = self._finish_staging(staging, supervisor)
+        if code is ExitCode.OK:
+            self._release_ranks(code)
+            supervisor.close()
         return code
 
-    def _prepare_runtime(self, settings: Settings, rank0_address: Choice | None) -> None:
-        """Check that etcd and NATS answer, and set the variables of Dynamo's runtime. Its modules are imported after the verdict only."""
-        from dynamo_mpi.discovery.connectivity import check_connectivity
-        from dynamo_mpi.discovery.etcd import EtcdAuth
-        from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use
-        from dynamo_mpi.runtime.reach import set_runtime_address
-        from dynamo_mpi.runtime.serving import export_runtime_env
+    def _finish_staging(self, staging: LeaderStaging, supervisor: WorldSupervisor) -> tuple[str, ExitCode]:
+        """Return the copy's folder, empty for the model's own; or end the world in order, and return the exit code."""
+        try:
+            return staging.finish(), ExitCode.OK
+        except DynamoMpiError as error:
+            supervisor.report_orderly_failure(error)
+            self._release_ranks(error.exit_code)
+            supervisor.close()
+            return "", error.exit_code
 
-        endpoints = check_connectivity(clients_environ(), settings.request_plane, settings.probe_timeout)
-        for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(clients_environ())):
-            self._log.warning(line)
-        export_runtime_env(endpoints)
-        set_runtime_address(rank0_address, endpoints, os.environ)
+    def _choose_address(self, settings: Settings, reports: Sequence[RankReport]) -> Choice | None:
+        # only ranks on several hosts report their networks
+        if not any(report.networks for report in reports):
+            return None
+        from dynamo_mpi.runtime.reach import choose_rank0_address
+
+        choice = choose_rank0_address(reports, settings.liveness_network)
+        if choice is not None:
+            self._log.info(choice.line)
+        return choice
 
     def _check_hardware(
         self,
@@ -234,19 +261,24 @@ class LeaderRank:
         """Publish the worker record, and compare it with those of earlier peers."""
         # imported after the preflight result: a refused layout doesn't need it
         from dynamo_mpi.runtime.worker_record import planned_card, record_of
-        from dynamo_mpi.supervisor.signals import ShutdownSignals, signals_of
 
         self._record_publisher = self._hooks.add_record_hooks(
             settings, record_of(settings, result.subject, reports, self._phases)
         )
-        # from here on the main thread may block in the engine
-        self._context.agent.uninstall_signal_handlers()
-        launcher = self._context.launch.launcher
-        self._signals = signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
+        signals = self._catch_signals()
         subject = result.subject
         card = planned_card(settings, subject.config, subject.shape.context_length)
         self._record_publisher.publish(settings, clients_environ(), card)
         return signals
+
+    def _catch_signals(self) -> ShutdownSignals:
+        """Handle signals in a thread: from here on the main thread may block in the engine."""
+        from dynamo_mpi.supervisor.signals import ShutdownSignals, signals_of
+
+        self._context.agent.uninstall_signal_handlers()
+        launcher = self._context.launch.launcher
+        self._signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
+        return self._signals
 
     def _note_signal(self, number: int) -> None:
         self._context.agent.send(f"signalled {number}")
@@ -266,10 +298,11 @@ class LeaderRank:
         self._hooks.on_exit(of_signal(number))
         self._world.abort(of_signal(number))
 
-    def _collect_reports(self, inputs: PreflightInputs, argv: Sequence[str]) -> list[RankReport]:
-        self._world.broadcast(CONTINUE + inputs.report_request.pack())
+    def _collect_reports(self, request: ReportRequest) -> list[RankReport]:
+        context = self._context
+        self._world.broadcast(CONTINUE + request.pack())
         answers = self._world.gather(
-            collect_rank_report(inputs.report_request, self._context.launch, argv, self._context.mpi_version).pack()
+            collect_rank_report(request, context.launch, context.argv, context.mpi_version).pack()
         )
         return [RankReport.unpack(answer) for answer in answers]
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import time
 
+from dynamo_mpi.common.errors import RetryableError, UsageError
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.runtime.follower import CONTINUE
 
@@ -19,6 +21,25 @@ if TYPE_CHECKING:
     from dynamo_mpi.stage.plan import StagePlan
     from dynamo_mpi.stage.session import Staging
     from dynamo_mpi.supervisor.context import RankContext
+
+
+_NEEDED = "room for it in --stage (DYN_MPI_STAGE) on each node, in a folder that only this user can write"
+
+
+def settings_to_only_stage(settings: Settings) -> Settings:
+    """Return the settings of a world that only stages: it has no files of a worker's, whatever flags it shares with one.
+
+    Raises:
+        UsageError: there is no ``--stage``.
+    """
+    if settings.stage is None:
+        raise UsageError(
+            "--only-stage needs to know where to",
+            expected="a folder on a disk of each node",
+            fix="--stage DIR, or DYN_MPI_STAGE=DIR",
+        )
+    endpoint = f"dyn://{settings.namespace}.stage.generate"
+    return replace(settings, endpoint=endpoint, ready_file=None, metrics_file=None, timeline=None)
 
 
 class LeaderStaging:
@@ -44,6 +65,9 @@ class LeaderStaging:
         Args:
             reports: the ranks' preflight reports, in rank order.
             network: the network that all nodes share; empty if it isn't known.
+
+        Raises:
+            RetryableError: it can't be staged, and staging is all that is to be done.
         """
         settings = self._settings
         if settings.stage is None:
@@ -81,7 +105,8 @@ class LeaderStaging:
             The folder of the copies, the same on all nodes; empty to load from the model's own folder.
 
         Raises:
-            RetryableError: the model has changed meanwhile. The other ranks have not received it.
+            RetryableError: the model has changed meanwhile; or it wasn't staged, and that is all that is to be done. The other ranks have
+                not received it.
         """
         if self._staging is None:
             return ""
@@ -99,9 +124,13 @@ class LeaderStaging:
         return outcome.path
 
     def _warn(self, problem: str) -> None:
+        if self._settings.only_stage:
+            raise RetryableError(
+                f"the model is not staged: {problem}", expected=_NEEDED, fix="correct --stage, or what it says"
+            )
         self._log.warning(
             f"the model is not staged, and is loaded from {self._settings.model}: {problem}\n"
-            "  expected: room for it in --stage (DYN_MPI_STAGE) on each node, in a folder that only this user can write\n"
+            f"  expected: {_NEEDED}\n"
             "  fix:      correct --stage, or leave it out"
         )
 

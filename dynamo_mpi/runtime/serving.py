@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynamo_mpi.common.credentials import export_secrets
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.process import DRAIN_SIGNALS
-from dynamo_mpi.discovery.etcd import lease_seconds
 from dynamo_mpi.discovery.registration_monitor import lease_error
-from dynamo_mpi.discovery.runtime_compat import remove_empty_credentials
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors, runtime_error
 
@@ -297,15 +295,3 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], re
             future.set_result(result)
 
     loop.call_soon_threadsafe(deliver)
-
-
-def export_runtime_env(etcd: list[str]) -> None:
-    """Set the environment variables that the Dynamo runtime reads: the etcd endpoints, reachable ones first, NATS, and its lease's lifetime,
-    whose default differs between releases (10 s in 1.4.2, 30 s in 1.6.1) and must be that of our own leases."""
-    os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
-    os.environ["ETCD_LEASE_TTL"] = str(lease_seconds(os.environ))
-    server = os.environ.pop("NATS_SERVER", "")
-    # a batch script may set it empty for "none", which the runtime takes for an address; it also requires a scheme
-    if server:
-        os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
-    remove_empty_credentials(os.environ)

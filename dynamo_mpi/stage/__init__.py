@@ -9,7 +9,8 @@ partial     a copy that isn't complete: written, verified, then published as a w
 pool        which node reads which extent
 wire        the messages between the nodes' helpers
 coordinator the first node's server: hands out extents, and ends staging for all nodes together
-transfer    a node's readers, and its streams from and to its neighbours
+member      what every node does: sends extents to its successor; a node that had a copy feeds the others
+transfer    the part of a node that makes a copy: its readers, and its streams from its predecessor
 helper      the process of a node that does all this
 session     a rank's side: all ranks start, await and judge the staging together
 """

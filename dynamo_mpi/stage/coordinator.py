@@ -48,11 +48,12 @@ class Coordinator:
     Args:
         manifest: the model.
         hosts: the nodes' names.
+        fed: whether the first of them has a copy, from which it feeds the others.
     """
 
-    def __init__(self, manifest: Manifest, hosts: Sequence[str]) -> None:
+    def __init__(self, manifest: Manifest, hosts: Sequence[str], *, fed: bool = False) -> None:
         self._manifest, self._hosts = manifest, hosts
-        self._pool = Pool([extent.length for extent in manifest.extents()])
+        self._pool = Pool([extent.length for extent in manifest.extents()], fed=fed)
         self._changed = threading.Condition()
         self._channels: dict[int, LineChannel] = {}
         self._threads: list[threading.Thread] = []

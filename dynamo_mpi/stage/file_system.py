@@ -7,7 +7,13 @@ import contextlib
 import hashlib
 import os
 
+from dynamo_mpi.common.cgroup import read_limits
+
 _CHUNK_BYTES = 4 << 20
+_SHARED_TYPES = frozenset(
+    {"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "9p", "afs", "fuse"}
+)
+_MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
 
 
 def file_system_type(path: str) -> str:
@@ -21,6 +27,27 @@ def file_system_type(path: str) -> str:
             if before.split()[2] == number:
                 found = after.split()[0]
     return found
+
+
+def is_shared(kind: str) -> bool:
+    """Return whether several nodes see a file system of this type."""
+    return kind.partition(".")[0] in _SHARED_TYPES and "overlay" not in kind
+
+
+def is_in_memory(kind: str) -> bool:
+    """Return whether what is on a file system of this type takes memory of the node."""
+    return kind in _MEMORY_TYPES
+
+
+def free_bytes(folder: str) -> int:
+    """Return how many bytes can be written in a folder; of memory, what the node and the job's limit can give."""
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if not is_in_memory(file_system_type(folder)):
+        return free
+    limits = read_limits()
+    left = free if limits.memory is None else max(0, limits.memory - limits.memory_used)
+    return min(free, available_memory(), left)
 
 
 def available_memory() -> int:

@@ -15,15 +15,19 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.process import host_name, raise_nofile_limit_to_hard, set_process_title
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Coordinator
 from dynamo_mpi.stage.manifest import Manifest, SourceChangedError, StageError
-from dynamo_mpi.stage.partial import PartialCopy
+from dynamo_mpi.stage.member import Feeder, Place
+from dynamo_mpi.stage.partial import OpenFiles, PartialCopy
 from dynamo_mpi.stage.store import State, Store
-from dynamo_mpi.stage.transfer import Place, Transfer
+from dynamo_mpi.stage.transfer import Transfer
 from dynamo_mpi.stage.wire import CONTROL, LineChannel, Listener, Peer, connect_to
+
+if TYPE_CHECKING:
+    from dynamo_mpi.stage.member import Member
 
 TITLE = "dynamo_mpi: stages a model"
 """The process's title."""
@@ -47,7 +51,7 @@ class HelperPlan(NamedTuple):
         manifest: the model, from `Manifest.to_json`.
         lock: descriptor of the copy's lock.
         node: this node's number in the ring; -1 if it isn't in it: it has a copy, or waits for another worker's.
-        ring: the nodes that copy.
+        ring: the nodes that copy; if ``fed``, before them one that has a copy.
         coordinator: where the coordinator listens.
         coordinates: whether that is this process.
         listener: descriptor of the listening socket.
@@ -55,6 +59,7 @@ class HelperPlan(NamedTuple):
         readers: how many extents a node reads at once.
         seconds: the time limit.
         digests: whether to read an earlier copy to check it.
+        fed: whether the first node of the ring feeds the others from its copy.
     """
 
     folder: str
@@ -69,6 +74,7 @@ class HelperPlan(NamedTuple):
     readers: int
     seconds: float
     digests: bool = False
+    fed: bool = False
 
     def to_json(self) -> str:
         """Encode it as one line."""
@@ -96,7 +102,7 @@ class Helper:
         self._manifest = Manifest.from_json(plan.manifest)
         self._hosts = tuple(peer.host for peer in plan.ring)
         self._coordinator: Coordinator | None = None
-        self._transfer: Transfer | None = None
+        self._member: Member | None = None
         self._can_receive = threading.Event()
         self._is_cancelled = threading.Event()
         self._alone: Helper | None = None
@@ -109,12 +115,12 @@ class Helper:
             store = Store(plan.folder)
             leading: threading.Thread | None = None
             if plan.coordinates and plan.ring:
-                self._coordinator = Coordinator(self._manifest, self._hosts)
+                self._coordinator = Coordinator(self._manifest, self._hosts, fed=plan.fed)
                 leading = threading.Thread(target=self._lead, args=(self._coordinator,), name="lead", daemon=True)
                 leading.start()
             self._require_wanted()
             if plan.node >= 0:
-                figures = self._copy(store)
+                figures = self._feed(store) if plan.fed and plan.node == 0 else self._copy(store)
             else:
                 if self._coordinator is not None:
                     self._listen()
@@ -146,8 +152,8 @@ class Helper:
         self._is_cancelled.set()
         if self._alone is not None:
             self._alone.cancel()
-        if self._transfer is not None:
-            self._transfer.close()
+        if self._member is not None:
+            self._member.close()
         if self._coordinator is not None:
             self._coordinator.fail(FAILED, _CANCELLED)
 
@@ -180,9 +186,10 @@ class Helper:
             return
         # making room may take minutes
         self._can_receive.wait(max(0.0, self._end - time.monotonic()))
-        transfer = self._transfer
-        if number < _STREAMS and transfer is not None and node == (self._plan.node - 1) % len(self._hosts):
-            transfer.add_incoming(stream, first=number == 0)
+        member = self._member
+        is_predecessor = number < _STREAMS and node == (self._plan.node - 1) % len(self._hosts)
+        if is_predecessor and isinstance(member, Transfer):
+            member.add_incoming(stream, first=number == 0)
         else:
             stream.close()
 
@@ -196,7 +203,8 @@ class Helper:
             channel.send(FAILED, str(error))
             raise
         try:
-            transfer = self._take_part(copy, channel)
+            transfer = Transfer(self._place(), self._manifest, copy, channel)
+            self._take_part(transfer, channel)
             copy.publish(transfer.digests())
         except BaseException:
             copy.discard()
@@ -206,36 +214,50 @@ class Helper:
         store.share(plan.lock)
         return {**transfer.figures(), "removed": removed}
 
-    def _take_part(self, copy: PartialCopy, channel: LineChannel) -> Transfer:
-        """Copy, until all nodes of the ring have a copy that can be published.
+    def _feed(self, store: Store) -> dict[str, Any]:
+        """Send this node's copy to the others."""
+        channel = self._connect()
+        try:
+            marker = store.read_marker(self._manifest.folder_name)
+            files = OpenFiles(store.copy_path(marker.folder_name), marker, os.O_RDONLY | os.O_NOFOLLOW)
+            feeder = Feeder(self._place(), marker, files, channel)
+            self._take_part(feeder, channel)
+        finally:
+            channel.close()
+        return feeder.figures()
+
+    def _place(self) -> Place:
+        plan = self._plan
+        return Place(plan.node, self._hosts, plan.readers, plan.fed, plan.coordinator.host)
+
+    def _take_part(self, member: Member, channel: LineChannel) -> None:
+        """Copy, or feed the others, until all nodes of the ring have a copy that can be published.
 
         Raises:
             StageError: it has ended otherwise.
         """
-        plan = self._plan
-        place = Place(plan.node, self._hosts, plan.readers)
-        transfer = self._transfer = Transfer(place, self._manifest, copy, channel)
+        plan, place = self._plan, self._place()
+        self._member = member
         self._can_receive.set()
         try:
             self._require_wanted()
             if place.successor != plan.node:
                 # in a thread: if staging ends meanwhile, this node doesn't wait for a successor that has ended
-                transfer.run(self._connect_to_successor, transfer, plan.ring[place.successor])
-            transfer.start()
-            end = transfer.wait(self._end + _END_SECONDS - time.monotonic())
+                member.run(self._connect_to_successor, member, plan.ring[place.successor])
+            member.start()
+            end = member.wait(self._end + _END_SECONDS - time.monotonic())
         except StageError as error:
             channel.send(FAILED, str(error))
             raise
         finally:
-            transfer.close()
+            member.close()
         if end[0] != "publish":
             raise (SourceChangedError if end[0] == CHANGED else StageError)(end[1])
-        return transfer
 
-    def _connect_to_successor(self, transfer: Transfer, successor: Peer) -> None:
+    def _connect_to_successor(self, member: Member, successor: Peer) -> None:
         for number in range(_STREAMS):
             stream = connect_to(successor, self._plan.token, self._plan.node, number, _CONNECT_SECONDS)
-            transfer.add_outgoing(stream, first=number == 0)
+            member.add_outgoing(stream, first=number == 0)
 
     def _connect(self) -> LineChannel:
         """Accept the other nodes, and connect to the coordinator."""
@@ -268,7 +290,7 @@ class Helper:
             time.sleep(_POLL_SECONDS)
         if state is State.COMPLETE:
             return {}
-        alone = plan._replace(node=0, ring=(Peer(host_name(), "", 0),), coordinates=True, listener=-1)
+        alone = plan._replace(node=0, ring=(Peer(host_name(), "", 0),), coordinates=True, listener=-1, fed=False)
         own = self._alone = Helper(alone._replace(seconds=max(0.0, self._end - time.monotonic())), self._write)
         self._require_wanted()
         result = own.run()

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.stage.file_system import digest_of
 
 MIN_EXTENT, MAX_EXTENT = 8 << 20, 64 << 20
 """Bytes of an extent: smaller ones share out the work better, larger ones need fewer messages."""
@@ -18,6 +20,7 @@ _EXTENTS_AIMED_AT = 4096
 _KEY_DIGITS = 16
 _MAX_FILES = 100_000
 _MAX_SHOWN = 300
+_HASHERS = 8
 
 
 class StageError(Exception):
@@ -163,6 +166,24 @@ def require_all_unchanged(manifest: Manifest) -> None:
         if now.get(path) != then.get(path):
             what = "is new" if path not in then else "is gone" if path not in now else "has changed"
             raise SourceChangedError(f"{_shown(os.path.join(manifest.source, path))} {what} since staging began")
+
+
+def has_digests(folder: str, manifest: Manifest) -> bool:
+    """Read all files of a copy, and return whether their extents have the digests that were computed when they were copied."""
+    extents = manifest.extents()
+    if len(manifest.digests) != len(extents):
+        return False
+
+    def is_right(number: int) -> bool:
+        file, offset, length = extents[number]
+        try:
+            with open(os.path.join(folder, manifest.files[file].path), "rb", buffering=0) as stream:
+                return digest_of(stream.fileno(), offset, length) == manifest.digests[number]
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+        return all(pool.map(is_right, range(len(extents))))
 
 
 def _scan_folder(source: str, below: str, inside: str, files: list[SourceFile]) -> None:

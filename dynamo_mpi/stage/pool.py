@@ -29,14 +29,16 @@ class Pool:
 
     Args:
         lengths: their bytes.
+        fed: whether a node has all of them, and sends them to the others.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self._lengths, self._next = lengths, 0
+    def __init__(self, lengths: Sequence[int], *, fed: bool = False) -> None:
+        self._lengths, self._next = lengths, len(lengths) if fed else 0
         # the ends of files say little about how long a whole one takes
         self._typical = max(lengths, default=0) // 2
         self._reading: dict[int, _Reading] = {}
-        self._read: dict[int, float] = {}
+        self._read: dict[int, float] = dict.fromkeys(range(len(lengths)), 0.0) if fed else {}
+        self._granted: set[tuple[int, int]] = set()
         self._times = self._seconds = self._began = 0.0
 
     def next(self, node: int, now: float, wanted: Sequence[int] = ()) -> int | None:
@@ -53,15 +55,18 @@ class Pool:
             self._next += 1
             self._reading[extent] = _Reading(node, now, second=False)
             return extent
-        if not self._times:
-            return None
-        slow = max(SLOW_SECONDS, SLOW_FACTOR * self._seconds / self._times)
+        slow = max(SLOW_SECONDS, SLOW_FACTOR * self._seconds / self._times) if self._times else float("inf")
         for extent, reading in self._reading.items():
             if reading.node != node and not reading.second and now - reading.since > slow:
                 self._reading[extent] = reading._replace(second=True)
                 return extent
         way = max(WAY_SECONDS, WAY_FACTOR * (now - self._began))
-        return next((each for each in wanted if now - self._read.get(each, now) > way), None)
+        for extent in wanted:
+            # several readers of a node want the same ones at once
+            if now - self._read.get(extent, now) > way and (node, extent) not in self._granted:
+                self._granted.add((node, extent))
+                return extent
+        return None
 
     def done(self, extent: int, now: float) -> None:
         """Note that an extent has been read. Unknown ones are ignored."""

@@ -99,7 +99,7 @@ class Staging:
         ring = {rank: Peer(*peer) for rank, peer in arranged["ring"]}
         node = list(ring).index(self._world.rank) if self._world.rank in ring else -1
         coordinates = self._world.rank == 0 and bool(ring)
-        if state is State.COMPLETE and not self._plan.digests and not coordinates:
+        if state is State.COMPLETE and node < 0 and not self._plan.digests and not coordinates:
             self._result = {"result": DONE}
         else:
             self._start(node, tuple(ring.values()), arranged)
@@ -168,11 +168,13 @@ class Staging:
             self._lock = store.open_lock(self._manifest.folder_name)
             self._path = store.copy_path(self._manifest.folder_name)
             end = time.monotonic() + _BUSY_SECONDS
-            # a lock may also be held for a moment by somebody who looks at it
+            # a lock may also be held for a moment by a process that looks at it
             while (state := store.take(self._lock, self._manifest)) is State.BUSY and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
             self._in_memory = store.in_memory
-            answer = {"host": host_name(), "state": state.value, "path": self._path}
+            answer: dict[str, Any] = {"host": host_name(), "state": state.value, "path": self._path}
+            # what is to be checked first feeds nobody
+            answer["feeds"] = state is State.COMPLETE and not self._plan.digests and store.can_feed(self._manifest)
             if len(self._plan.firsts) > 1 and (state is State.MISSING or self._world.rank == 0):
                 address = host_address(self._plan.network or None, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
                 family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -222,8 +224,12 @@ class Staging:
             return [answer["host"], answer.get("address", LOOPBACK), answer.get("port", 0)]
 
         ring = [[rank, peer(answer)] for rank, answer in nodes.items() if answer["state"] == State.MISSING.value]
+        # one is enough: each node sends as much as it gets
+        feeders = [[rank, peer(answer)] for rank, answer in nodes.items() if answer["feeds"]]
+        feeder = feeders[:1] if ring else []
         marks = {answer["mark"]: answer["host"] for answer in nodes.values() if "mark" in answer}
-        return {"ring": ring, "coordinator": peer(first), "token": secrets.token_hex(TOKEN_BYTES), "marks": marks}
+        token = secrets.token_hex(TOKEN_BYTES)
+        return {"ring": feeder + ring, "fed": bool(feeder), "coordinator": peer(first), "token": token, "marks": marks}
 
     def _start(self, node: int, ring: tuple[Peer, ...], arranged: Mapping[str, Any]) -> None:
         plan = self._plan
@@ -242,6 +248,7 @@ class Staging:
             plan.readers,
             plan.seconds,
             plan.digests,
+            arranged["fed"],
         )
         inherited = tuple(number for number in (self._lock, own.listener) if number >= 0)
         try:

@@ -21,15 +21,13 @@ import secrets
 import shutil
 import stat
 import time
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.cgroup import read_limits
 from dynamo_mpi.common.own_files import OwnFolder, reason
 from dynamo_mpi.layout.format import gib
-from dynamo_mpi.stage.file_system import available_memory, digest_of, file_system_type, size_on_disk
-from dynamo_mpi.stage.manifest import Manifest, StageError
+from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory, is_shared, size_on_disk
+from dynamo_mpi.stage.manifest import Manifest, StageError, has_digests
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,12 +38,12 @@ _MARK = ".node-"
 _MARK_SECONDS = 3600.0
 _MAX_MARKER_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
-_HASHERS = 8
 _MUTEX_SECONDS, _POLL_SECONDS = 10.0, 0.01
-_SHARED_TYPES = frozenset(
-    {"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "9p", "afs", "fuse"}
-)
-_MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
+
+
+def own_name() -> str:
+    """Return the name of this user's folder below ``DIR``."""
+    return f"dynamo-mpi-{os.geteuid()}"
 
 
 class State(Enum):
@@ -83,24 +81,28 @@ class Store:
     """This user's copies below a folder.
 
     Args:
-        folder: the folder; it is created if it is missing.
+        folder: the folder.
+        create: create it, and this user's folder in it, if they are missing.
 
     Raises:
         StageError: it can't be used: another user can write there, or it isn't on a file system of this node.
+        FileNotFoundError: there is no such folder, and it isn't to be created.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, create: bool = True) -> None:
         try:
             with (
-                OwnFolder(folder, create=True) as parent,
-                parent.subfolder(f"dynamo-mpi-{os.geteuid()}", create=True) as own,
+                OwnFolder(folder, create=create) as parent,
+                parent.subfolder(own_name(), create=create) as own,
             ):
                 self.path = os.path.realpath(own.path)
             self.type = file_system_type(self.path)
             self._root = OwnFolder(self.path, guarded=True)
         except OSError as error:
+            if not create and isinstance(error, FileNotFoundError):
+                raise
             raise StageError(f"{folder} can't be used: {reason(error)}") from None
-        if self.type.partition(".")[0] in _SHARED_TYPES and "overlay" not in self.type:
+        if is_shared(self.type):
             self.close()
             raise StageError(f"{folder} is on a shared file system ({self.type}), not on a disk of this node")
 
@@ -111,7 +113,7 @@ class Store:
     @property
     def in_memory(self) -> bool:
         """Whether copies take memory of the node."""
-        return self.type in _MEMORY_TYPES
+        return is_in_memory(self.type)
 
     def copy_path(self, name: str) -> str:
         """Return the folder of a complete copy."""
@@ -194,7 +196,7 @@ class Store:
         """Return whether there is a complete copy: its marker, and every file with its size and time."""
         path = self.copy_path(manifest.folder_name)
         try:
-            marker = self._read_marker(manifest.folder_name)
+            marker = self.read_marker(manifest.folder_name)
         except (OSError, ValueError):
             return False
         if marker.source != manifest.source or marker.files != manifest.files:
@@ -206,7 +208,24 @@ class Store:
                 return False
             if not stat.S_ISREG(status.st_mode) or (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 return False
-        return not digests or _has_digests(path, marker)
+        return not digests or has_digests(path, marker)
+
+    def can_feed(self, manifest: Manifest) -> bool:
+        """Return whether a complete copy has digests of the extents in which the model is copied now."""
+        with contextlib.suppress(OSError, ValueError):
+            marker = self.read_marker(manifest.folder_name)
+            return marker.extent_bytes == manifest.extent_bytes and len(marker.digests) == len(manifest.extents())
+        return False
+
+    def read_marker(self, name: str) -> Manifest:
+        """Return the manifest of a complete copy, with the digests of its extents.
+
+        Raises:
+            OSError: there is none.
+            ValueError: it is damaged.
+        """
+        with self._root.subfolder(name) as folder:
+            return Manifest.from_json(folder.read(MARKER, _MAX_MARKER_BYTES))
 
     def clear(self, name: str) -> None:
         """Remove what is left of a copy, whose exclusive lock the caller has. A complete one is hidden first: all of it goes at once."""
@@ -243,13 +262,7 @@ class Store:
 
     def free_bytes(self) -> int:
         """Return how many bytes can be written here; of memory, what the node and the job's limit can give."""
-        status = os.statvfs(self.path)
-        free = status.f_bavail * status.f_frsize
-        if not self.in_memory:
-            return free
-        limits = read_limits()
-        left = free if limits.memory is None else max(0, limits.memory - limits.memory_used)
-        return min(free, available_memory(), left)
+        return free_bytes(self.path)
 
     def remove(self, name: str) -> bool:
         """Remove a copy, unless it is in use; return whether it was removed."""
@@ -282,15 +295,11 @@ class Store:
         finally:
             os.close(lock)
         try:
-            marker = self._read_marker(name)
+            marker = self.read_marker(name)
         except (OSError, ValueError):
             size = size_on_disk(os.path.join(self.path, f"{PARTIAL}{name}")) + size_on_disk(self.copy_path(name))
             return Entry(name, size, used, in_use, complete=False)
         return Entry(name, marker.size, used, in_use, complete=True, source=marker.source)
-
-    def _read_marker(self, name: str) -> Manifest:
-        with self._root.subfolder(name) as folder:
-            return Manifest.from_json(folder.read(MARKER, _MAX_MARKER_BYTES))
 
     def _lock(self, lock: int, kind: int) -> bool:
         try:
@@ -322,21 +331,3 @@ class Store:
             yield
         finally:
             os.close(lock)
-
-
-def _has_digests(path: str, marker: Manifest) -> bool:
-    """Read all files, and return whether their extents have the digests that were computed when they were copied."""
-    extents = marker.extents()
-    if len(marker.digests) != len(extents):
-        return False
-
-    def is_right(number: int) -> bool:
-        file, offset, length = extents[number]
-        try:
-            with open(os.path.join(path, marker.files[file].path), "rb", buffering=0) as stream:
-                return digest_of(stream.fileno(), offset, length) == marker.digests[number]
-        except OSError:
-            return False
-
-    with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
-        return all(pool.map(is_right, range(len(extents))))

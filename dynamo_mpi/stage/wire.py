@@ -107,6 +107,22 @@ def read_exactly(stream: socket.socket, size: int) -> bytes:
     return data
 
 
+def send_ready(stream: socket.socket) -> None:
+    """Let the node at the other end of a data stream send. Does not raise if it has closed: reading from it ends then."""
+    with contextlib.suppress(OSError):
+        stream.sendall(_GO)
+
+
+def await_ready(stream: socket.socket) -> None:
+    """Wait until the receiver can receive: it may make room for minutes, and TCP gives up a stream whose data it doesn't take.
+
+    Raises:
+        ConnectionError: it has closed instead.
+    """
+    if not read_exactly(stream, len(_GO)):
+        raise ConnectionError("it has closed")
+
+
 def shut(stream: socket.socket) -> None:
     """End a stream, so that a thread that waits in it goes on."""
     with contextlib.suppress(OSError):

@@ -12,7 +12,8 @@ import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
 from dynamo_mpi.engines.requests import to_generation_request
-from dynamo_mpi.runtime.serving import _first_of, _from_thread, export_runtime_env, health_payload
+from dynamo_mpi.runtime.runtime_environment import export_runtime_env
+from dynamo_mpi.runtime.serving import _first_of, _from_thread, health_payload
 
 
 def test_the_health_check_is_a_request_that_the_worker_serves() -> None:

@@ -56,6 +56,7 @@ SAMPLES = {
     "probe_seconds": "9.5",
     "probe_kv_seconds": "77",
     "stage": "/local/scratch",
+    "only_stage": "true",
     "stage_timeout": "77.5",
     "stage_readers": "3",
     "stage_verify": "digest",

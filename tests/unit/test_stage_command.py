@@ -57,5 +57,34 @@ def test_what_isn_t_there_is_refused(folder: Path, capsys: pytest.CaptureFixture
     assert f"there is no folder {folder}" in capsys.readouterr().err
     assert not folder.exists()
     folder.mkdir()
-    assert main(["stage", "--stage", str(folder), "--unstage", "x"]) == 64
-    assert "there is no copy x in" in capsys.readouterr().err
+    assert main(["stage", "--stage", str(folder), "--unstage", "../etc"]) == 64
+    assert "there is no copy ../etc in" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    assert main(["stage", "--stage", str(folder)]) == 0
+    assert ": 0 copies, 0.0 GiB, in " in capsys.readouterr().out
+    assert list(folder.iterdir()) == []
+    stage(folder, "a")
+    assert main(["stage", "--stage", str(folder), "--unstage", "../etc"]) == 64
+    assert "expected: a-" in capsys.readouterr().err
+
+
+def test_a_step_beside_the_job_s_others_stages_on_nodes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = ["stage", str(tmp_path), "--stage", str(folder), "--nodes", "n[2-3]"]
+    assert main([*words, "--dry-run", "--mpi", "pmix_v4"]) == 0
+    line = capsys.readouterr().out
+    # Slurm's PMIx plugin takes a node's index in the step for that in the job
+    assert line.startswith("SLURM_JOB_NODELIST=n2,n3 ")
+    assert "--jobid=7" in line
+    assert "--overlap --mpi=pmix_v4 --nodes=2 --nodelist=n2,n3 --ntasks=2 --ntasks-per-node=1" in line
+    assert f"-m dynamo_mpi.worker --only-stage --model {tmp_path} --stage {folder}" in line
+    monkeypatch.setenv("PATH", "")
+    assert main(words) == 64
+    assert "srun can't be run: No such file or directory" in capsys.readouterr().err
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert main(words) == 64
+    assert "mpirun --host n2,n3 --map-by ppr:1:node -n 2 " in capsys.readouterr().err
+    assert main(["stage", "--stage", str(folder), "--nodes", "n2"]) == 64
+    assert "--nodes and --dry-run are for copying a model" in capsys.readouterr().err

@@ -332,10 +332,11 @@ def test_a_lock_that_can_t_be_opened_is_named(model: Path, store: Store) -> None
 
 def test_memory_has_room_up_to_the_job_s_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = CgroupLimits(memory=100 * MIB, memory_used=30 * MIB)
-    monkeypatch.setattr("dynamo_mpi.stage.store.read_limits", lambda: limits)
+    monkeypatch.setattr("dynamo_mpi.stage.file_system.read_limits", lambda: limits)
     on_disk = Store(str(tmp_path / "disk"))
     assert on_disk.free_bytes() > 70 * MIB
-    monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "tmpfs")
+    for module in ("store", "file_system"):
+        monkeypatch.setattr(f"dynamo_mpi.stage.{module}.file_system_type", lambda _: "tmpfs")
     in_memory = Store(str(tmp_path / "memory"))
     assert in_memory.free_bytes() == 70 * MIB
     with pytest.raises(StageError, match=r"\(memory, within the job's limit\) has 0\.1 GiB free"):
@@ -370,8 +371,8 @@ def test_what_two_threads_have_written_is_read_again(model: Path, store: Store, 
             holdings.sync()
 
 
-def helpers_of(tmp_path: Path, model: Path, count: int) -> list[Helper]:
-    """Return the helpers of a ring of nodes on loopback, each with a folder of its own."""
+def helpers_of(tmp_path: Path, model: Path, count: int, *, fed: bool = False) -> list[Helper]:
+    """Return the helpers of a ring of nodes on loopback, each with a folder of its own; the first may feed the others."""
     manifest, token = scan(str(model)), secrets.token_hex(32)
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ring = tuple(Peer(f"n{node}", *listener.getsockname()) for node, listener in enumerate(listeners))
@@ -379,8 +380,8 @@ def helpers_of(tmp_path: Path, model: Path, count: int) -> list[Helper]:
     for node, listener in enumerate(listeners):
         store = Store(str(tmp_path / f"n{node}"))
         lock = store.open_lock(manifest.folder_name)
-        assert store.take(lock, manifest) is State.MISSING
-        place = (lock, node, ring, ring[0], node == 0, listener.detach(), token, 2, 60.0)
+        assert store.take(lock, manifest) is (State.COMPLETE if fed and not node else State.MISSING)
+        place = (lock, node, ring, ring[0], node == 0, listener.detach(), token, 2, 60.0, False, fed)
         helpers.append(Helper(HelperPlan(str(tmp_path / f"n{node}"), manifest.to_json(), *place), lambda _: None))
     return helpers
 
@@ -409,6 +410,50 @@ def test_a_node_that_makes_room_for_long_still_takes_its_neighbour_s_streams(
     assert [result["result"] for result in results] == ["done", "done"], results
     for node in range(2):
         assert Store(str(tmp_path / f"n{node}")).is_complete(scan(str(model)), digests=True)
+
+
+def test_tcp_gives_up_no_stream_while_its_receiver_makes_room(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (model / "more.safetensors").open("wb") as file:
+        file.truncate(64 * MIB)  # more than the sockets' buffers take
+    make_room = Store.make_room
+
+    def slowly(self: Store, size: int, name: str) -> list[str]:
+        if self.path.startswith(str(tmp_path / "n1")):
+            time.sleep(3.0)
+        return make_room(self, size, name)
+
+    monkeypatch.setattr("dynamo_mpi.stage.wire._USER_TIMEOUT_MS", 500)
+    monkeypatch.setattr(Store, "make_room", slowly)
+    results = [result() for result in run_helpers(helpers_of(tmp_path, model, 2))]
+    assert [result["result"] for result in results] == ["done", "done"], results
+
+
+def test_a_node_with_a_copy_feeds_the_others(tmp_path: Path, model: Path) -> None:
+    manifest = scan(str(model))
+    os.close(copy(Store(str(tmp_path / "n0")), manifest))
+    helpers = helpers_of(tmp_path, model, 3, fed=True)
+    results = [result() for result in run_helpers(helpers)]
+    assert [result["result"] for result in results] == ["done"] * 3, results
+    assert [result["read_bytes"] for result in results] == [0, 0, 0]
+    assert [result["sent_bytes"] for result in results] == [manifest.size, manifest.size, 0]
+    for node in range(3):
+        assert Store(str(tmp_path / f"n{node}")).is_complete(manifest, digests=True)
+
+
+def test_a_damaged_copy_is_not_passed_on(tmp_path: Path, model: Path) -> None:
+    manifest = scan(str(model))
+    store = Store(str(tmp_path / "n0"))
+    os.close(copy(store, manifest))
+    damaged = Path(store.copy_path(manifest.folder_name)) / "config.json"
+    damaged.chmod(0o600)
+    damaged.write_bytes(b"[]")
+    os.utime(damaged, ns=(manifest.files[0].mtime_ns,) * 2)
+    results = [result() for result in run_helpers(helpers_of(tmp_path, model, 2, fed=True))]
+    assert [result["result"] for result in results] == ["failed"] * 2
+    assert "config.json has arrived damaged from n0 (bytes 0 to 2)" in str(results[0]["text"])
+    assert not Store(str(tmp_path / "n1")).is_complete(manifest)
 
 
 def test_a_cancelled_helper_removes_what_it_has_copied(
@@ -495,3 +540,9 @@ def test_a_starved_node_reads_again_what_others_have_read_long_ago() -> None:
     late.done(0, 100.0)
     assert late.next(1, 100.2 + WAY_SECONDS, [0]) is None
     assert late.next(1, 135.0, [0]) == 0
+
+
+def test_a_reader_gets_no_extent_that_another_one_of_its_node_got() -> None:
+    pool = Pool([8, 8], fed=True)
+    assert [pool.next(1, 9.0), pool.next(1, 9.0, [1, 0]), pool.next(1, 9.0, [1, 0])] == [None, 1, 0]
+    assert [pool.next(1, 9.0, [1, 0]), pool.next(2, 9.0, [1])] == [None, 1]

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging ahead of a job: worlds that copy the model and end, without an engine config or services."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.stage.manifest import scan
+from dynamo_mpi.stage.store import Store
+from tests.conftest import Mpirun, mpi_environment, run_command
+from tests.mpi.test_worker_refusals import assert_refused
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "model.safetensors").write_bytes(os.urandom(20 << 20))
+    return folder
+
+
+def test_a_world_stages_and_ends(mpirun: Mpirun, tmp_path: Path, model: Path) -> None:
+    local, ready = tmp_path / "local", tmp_path / "ready.json"
+    ready.write_text("of a worker that runs")
+    words = ("--only-stage", "--model", str(model), "--stage", str(local), "--ready-file", str(ready))
+    done = mpirun.worker(2, *words)
+    assert done.returncode == 0, done.stderr
+    assert "stage: 1 node has the model (0.0 GiB) in " in done.stderr
+    store = Store(str(local))
+    assert store.is_complete(scan(str(model)), digests=True)
+    (entry,) = store.entries()
+    assert not entry.in_use
+    assert ready.exists()
+    again = mpirun.worker(2, *words)
+    assert "1 node had the model already" in again.stderr
+
+
+def test_the_verb_stages_on_this_node(tmp_path: Path, model: Path) -> None:
+    local = tmp_path / "local"
+    command = [sys.executable, "-m", "dynamo_mpi", "stage", model.name, "--stage", str(local)]
+    # as in the shell of a job of several tasks
+    shell = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+    done = run_command(command, env=mpi_environment(shell), cwd=model.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert Store(str(local)).is_complete(scan(str(model)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_can_t_be_staged_ends_the_world(mpirun: Mpirun, tmp_path: Path, model: Path, ranks: int) -> None:
+    words = ("--only-stage", "--model", str(model), "--stage", str(tmp_path / "local"))
+    (model / "link").symlink_to("/etc/hostname")
+    assert_refused(mpirun.worker(ranks, *words), 75, "link is a link that leaves the model's folder, to /etc/hostname")
+    (model / "link").unlink()
+    (tmp_path / "local").touch()
+    assert_refused(mpirun.worker(ranks, *words), 75, "the model is not staged", "local can't be used: Not a directory")
+
+
+def test_where_to_must_be_known(mpirun: Mpirun, model: Path) -> None:
+    assert_refused(mpirun.worker(2, "--only-stage", "--model", str(model)), 64, "--only-stage needs to know where to")
