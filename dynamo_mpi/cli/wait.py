@@ -3,8 +3,8 @@
 
 In a deployment that launch started, all workers must serve; in others, one of each role that the model needs. Exit code 0 if it is ready;
 124 at the time limit, with the missing workers and their progress (64 if there is no such run folder until then, 69 if etcd doesn't answer,
-77 if it rejects the credentials); the failure's own code if it can no longer become ready. While launch runs, it restarts workers; if it
-ends, its exit code.
+77 if it rejects the credentials, 78 if all serve but their model cards differ); the failure's own code if it can no longer become ready.
+While launch runs, it restarts workers; if it ends, its exit code.
 """
 
 from __future__ import annotations

@@ -227,20 +227,35 @@ def describe_unlike(model: str, found: Sequence[tuple[ModelCard, list[str]]]) ->
     )
 
 
-def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[str]:
-    """Return a line for each model of a namespace whose workers' cards differ."""
+class UnlikeModel(NamedTuple):
+    """A model of which frontends don't know all workers right.
+
+    Args:
+        namespace: Dynamo's.
+        model: the name that clients ask for.
+        text: in what the workers' cards differ.
+    """
+
+    namespace: str
+    model: str
+    text: str
+
+
+def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[UnlikeModel]:
+    """Return the models of each namespace whose workers' cards differ."""
     groups: dict[tuple[str, str, str], list[ModelCard]] = {}
     for namespace, card in cards:
         groups.setdefault((namespace, card.model, card.kind), []).append(card)
-    lines = []
+    models = []
     for (namespace, model, _), group in groups.items():
         first = group[0]
         if found := unlike(first, group[1:]):
             other = found[0][0]
             what = differences(first, other, f"at {first.worker}", f"at {other.worker}")
             more = f"; {counted(len(found) - 1, 'more card')} unlike the first" if len(found) > 1 else ""
-            lines.append(
+            text = (
                 f"the cards of {sanitize(model)} in {sanitize(namespace)} differ, and frontends take one for all: "
                 f"{sanitize('; '.join(what))}{more}"
             )
-    return lines
+            models.append(UnlikeModel(namespace, model, text))
+    return models

@@ -104,7 +104,7 @@ def is_complete(roles: Iterable[str]) -> bool:
 
 
 def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[MissingItem]:
-    """Return the workers and roles that aren't ready yet.
+    """Return the workers and roles that aren't ready yet, and the models whose workers' cards differ.
 
     Args:
         status: the deployment's status.
@@ -121,7 +121,7 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
         lost = [
             MissingItem(own.name, DEPARTED) for own in expected if own in departed and own.role in status.lost_roles
         ]
-        return [item for item in found if item is not None] + lost
+        return [item for item in found if item is not None] + lost + unlike_items(status)
     models = models_of(status)
     if not models:
         return [MissingItem(role, "not there") for role in roles] or [MissingItem("workers", "none is there")]
@@ -131,7 +131,13 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
         prefix = f"{model} " if len(models) > 1 else ""
         for role in roles or sorted(needed_roles(w.record.role for w in own_workers), reverse=True):
             items.append(_missing(prefix + role, [w for w in own_workers if w.record.role == role], status.time))
-    return [item for item in items if item is not None]
+    return [item for item in items if item is not None] + unlike_items(status)
+
+
+def unlike_items(status: DeploymentStatus) -> list[MissingItem]:
+    """Return the models of the workers whose cards differ: requests to some of the workers would be made for the others."""
+    models = models_of(status)
+    return [MissingItem(each.model, each.text) for each in status.unlike if (each.namespace, each.model) in models]
 
 
 def models_of(status: DeploymentStatus) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import EtcdClient, etcd_endpoints
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
-from dynamo_mpi.discovery.model_cards import cards_of, read_cards, unlike_models
+from dynamo_mpi.discovery.model_cards import UnlikeModel, cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.spec import ROLES
 from dynamo_mpi.ops.deployment import NoRunDirError
@@ -59,6 +59,7 @@ class DeploymentStatus:
         failures: of the last hour, the latest last.
         services: the services, if a run folder names them.
         warnings: anomalies.
+        unlike: the models whose workers' cards differ; the warnings have them too.
     """
 
     time: float
@@ -67,6 +68,7 @@ class DeploymentStatus:
     failures: tuple[StoredFailure, ...] = ()
     services: tuple[Service, ...] = ()
     warnings: tuple[str, ...] = ()
+    unlike: tuple[UnlikeModel, ...] = ()
 
     @property
     def missing(self) -> tuple[ExpectedWorker, ...]:
@@ -133,17 +135,18 @@ def read_status(
         raise _without_services(deployment)
     services = _Services(deployment, environ)
 
-    def query(etcd: EtcdClient) -> tuple[list[StoredRecord], list[StoredFailure], list[str]]:
+    def query(etcd: EtcdClient) -> tuple[list[StoredRecord], list[StoredFailure], list[str], list[UnlikeModel]]:
         odd: dict[str, list[str]] = {}
         workers, unread = list_workers(etcd, namespace or "", odd)
         failures, unread_failures = list_failures(etcd, namespace or "", problems=odd)
-        return workers, failures, [*_warnings(unread | unread_failures, odd), *_unlike_cards(etcd, namespace, model)]
+        return workers, failures, _warnings(unread | unread_failures, odd), _unlike_models(etcd, namespace, model)
 
     try:
-        workers, failures, warnings = query_etcd(environ, seconds, query)
+        workers, failures, warnings, unlike = query_etcd(environ, seconds, query)
     except DiscoveryError as error:
         raise _unanswered(deployment, error) from None
     workers = [worker for worker in workers if model in (None, worker.record.model)]
+    warnings += [each.text for each in unlike]
     for worker in workers:
         warnings += _unknown(worker)
     return DeploymentStatus(
@@ -153,10 +156,11 @@ def read_status(
         tuple(sorted((f for f in failures if model in (None, f.record.model)), key=lambda f: f.record.time)),
         services.states(),
         tuple(warnings),
+        tuple(unlike),
     )
 
 
-def _unlike_cards(etcd: EtcdClient, namespace: str | None, model: str | None) -> list[str]:
+def _unlike_models(etcd: EtcdClient, namespace: str | None, model: str | None) -> list[UnlikeModel]:
     try:
         entries = etcd.get_prefix(cards_of(namespace or ""))
     except AuthorizationError:  # an operator's rights may end with our own keys

@@ -17,6 +17,7 @@ from dynamo_mpi.common.errors import (
     DynamoMpiError,
     EngineError,
     ExitCode,
+    LayoutError,
     PhaseTimeoutError,
     RetryableError,
 )
@@ -31,6 +32,7 @@ from dynamo_mpi.ops.readiness import (
     is_complete,
     missing_items,
     models_of,
+    unlike_items,
     unrecoverable_failure,
 )
 from dynamo_mpi.ops.status import ETCD_SECONDS, DeploymentStatus, read_status
@@ -127,7 +129,14 @@ class ReadinessWaiter:
                 time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
         except StepFailed as error:
             outcome.error, outcome.exit_code = error, error.status
-        except (AuthorizationError, DiscoveryError, NoRunDirError, PhaseTimeoutError, RetryableError) as error:
+        except (
+            AuthorizationError,
+            DiscoveryError,
+            LayoutError,
+            NoRunDirError,
+            PhaseTimeoutError,
+            RetryableError,
+        ) as error:
             outcome.error, outcome.exit_code = error, error.exit_code
         outcome.seconds = time.monotonic() - self._began
         return outcome
@@ -236,8 +245,16 @@ class ReadinessWaiter:
         if self._problem is not None:
             return self._problem
         missing = "; ".join(map(str, self._outcome.missing))
+        problem = f"not ready after {self._request.timeout:g} s: {missing}"
+        status = self._outcome.status
+        if status is not None and self._outcome.missing == unlike_items(status):
+            return LayoutError(
+                problem,
+                expected="workers of one model with one card, as their frontends take one for all",
+                fix="end the former workers if this is a rolling change, or give all workers the same model and engine config",
+            )
         return PhaseTimeoutError(
-            f"not ready after {self._request.timeout:g} s: {missing}",
+            problem,
             fix="a longer --timeout if it only takes longer; dynamo-mpi status shows more",
         )
 

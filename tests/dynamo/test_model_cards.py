@@ -38,12 +38,16 @@ def start(tmp_path: Path, etcd: EtcdServer, tiny_model_dir: Path) -> Iterator[St
         worker.stop()
 
 
+def call(etcd: EtcdServer, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb of `dynamo-mpi` that reads etcd."""
+    command = [sys.executable, "-m", "dynamo_mpi", *words, "--output", "json"]
+    environment = mpi_environment({"ETCD_ENDPOINTS": etcd.url})
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+
+
 def status(etcd: EtcdServer) -> list[str]:
     """Return the warnings of `dynamo-mpi status`."""
-    command = [sys.executable, "-m", "dynamo_mpi", "status", "--output", "json"]
-    environment = mpi_environment({"ETCD_ENDPOINTS": etcd.url})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
-    warnings: list[str] = json.loads(done.stdout)["warnings"]
+    warnings: list[str] = json.loads(call(etcd, "status").stdout)["warnings"]
     return warnings
 
 
@@ -95,12 +99,16 @@ def test_a_rolling_change_is_allowed_and_named(etcd: EtcdServer, start: Start) -
     (warning,) = status(etcd)
     assert "the cards of tiny in dynamo differ, and frontends take one for all" in warning
     assert re.search(r": context length 256 at \S+/\S+, 128 at \S+/\S+$", warning), warning
+    waited = call(etcd, "wait", "--timeout", "1")
+    assert waited.returncode == 78, waited.stderr
+    assert f"tiny: {warning}" in waited.stderr
     # an equal one fits the second, and is still refused for the first
     third = start("--max-seq-len", "128")
     assert third.wait() == 78, third.text()
     os.kill(first.rank_zero(), 15)
     assert first.wait() == 0, first.text()
     assert status(etcd) == []
+    assert call(etcd, "wait", "--timeout", "10").returncode == 0
     fourth = start("--max-seq-len", "128")
     fourth.ready()
     assert "warning: the model card" not in fourth.text()

@@ -69,6 +69,12 @@ class Board:
         }
         return self.put(f"failures/{content['namespace']}/{content['component']}/{lease}", content)
 
+    def card(self, instance: str, namespace: str = "dynamo", **content: Any) -> str:
+        """Write a model card as Dynamo does; returns its key."""
+        key, card = f"v1/mdc/{namespace}/backend/generate/{instance}", {"worker_type": "aggregated", **content}
+        self.etcd.put(key, json.dumps({"type": "Model", "card_json": card}).encode(), self._lease)
+        return key
+
     def remove(self, key: str) -> None:
         """Take something away."""
         import pyetcd

@@ -117,6 +117,35 @@ def test_several_models_and_one(board: Board, run: Run) -> None:
     assert run("--model", "M")[0] == 0
 
 
+def test_workers_whose_model_cards_differ_are_not_ready(board: Board, run: Run) -> None:
+    board.worker("agg", "a", phase="serve")
+    board.worker("agg", "b", phase="serve")
+    board.worker("agg", "c", model="N", phase="serve")
+    former = board.card("a1", display_name="M", context_length=256)
+    board.card("a2", display_name="M", context_length=128)
+    # of workers that this wait isn't for
+    board.card("a3", "other", display_name="M", context_length=1)
+    code, out, err = run("--timeout", "0.2")
+    assert (code, out) == (78, "")
+    assert "waiting for M: the cards of M in dynamo differ, and frontends take one for all: context length 256" in err
+    assert "not ready after 0.2 s: M: the cards of M in dynamo differ" in err
+    assert "  expected: workers of one model with one card" in err
+    code, out, _ = run("--timeout", "0.1", "--output", "json")
+    content = json.loads(out)
+    assert (code, content["exit_code"], [lack["name"] for lack in content["missing"]]) == (78, 78, ["M"])
+    assert run("--model", "N")[0] == 0
+    board.worker("agg", "d", phase="load")
+    # the former worker of a rolling change ends
+    assert run(then=lambda: board.remove(former))[0] == 0
+
+
+def test_unlike_cards_are_no_reason_where_a_worker_still_loads(board: Board, run: Run) -> None:
+    board.worker("prefill", "a", phase="load")
+    board.card("a1", display_name="M", context_length=256)
+    board.card("a2", display_name="M", context_length=128)
+    assert run("--timeout", "0.1")[0] == 124
+
+
 def test_a_completion_must_come_back(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     board.worker("agg", phase="serve")
     asked: list[bytes] = []
