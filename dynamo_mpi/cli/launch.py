@@ -26,7 +26,9 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
+from dynamo_mpi.deploy.excluded import excluded_before
 from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Mpirun, Srun, folder_environment, token_of
+from dynamo_mpi.deploy.node_watch import NodeWatch
 from dynamo_mpi.deploy.nodes import (
     STAND_IN_JOB,
     Nodes,
@@ -47,9 +49,10 @@ from dynamo_mpi.mpi.job_time_limit import VARIABLE as END
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from dynamo_mpi.deploy.nodes import Worker
+    from dynamo_mpi.deploy.excluded import ExcludedNode
+    from dynamo_mpi.deploy.nodes import Placement
     from dynamo_mpi.deploy.steps import StepController
     from dynamo_mpi.deploy.workers import CommandBuilder
 
@@ -109,25 +112,29 @@ def _run(arguments: argparse.Namespace) -> int:
         if remark:
             _say(f"dynamo-mpi launch: {remark}")
     nodes = _nodes(settings, arguments.dry_run, named)
-    workers = assign(settings, nodes)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes.job_id)))
+    excluded = () if arguments.dry_run else excluded_before(path, nodes.job_id)
+    placement = assign(settings, nodes, [each.node for each in excluded])
     source = find_source(settings.image, settings.python)
     builder, step_controller = _launcher(settings, nodes, source, path)
     if arguments.dry_run:
-        _show(settings, builder, workers, nodes, path)
+        _show(settings, builder, placement, nodes, path)
         return 0
     with contextlib.closing(RunDir(path)) as run_dir:
-        code, report = _conduct(settings, workers, builder, step_controller, run_dir, verbose=arguments.verbose)
+        code, report = _conduct(
+            settings, placement, builder, step_controller, run_dir, excluded, verbose=arguments.verbose
+        )
         run_dir.write_end(code, report)
         return code
 
 
 def _conduct(
     settings: LaunchSettings,
-    workers: tuple[Worker, ...],
+    placement: Placement,
     builder: CommandBuilder,
     step_controller: StepController,
     run_dir: RunDir,
+    excluded: Sequence[ExcludedNode],
     *,
     verbose: bool,
 ) -> tuple[int, str]:
@@ -138,8 +145,9 @@ def _conduct(
         with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                context = LaunchContext(run_dir, interrupts, _say, environ)
-                code = DeploymentController(settings, workers, builder, step_controller, context).run()
+                watch = NodeWatch(_watched(placement)) if settings.launcher == "slurm" and settings.no_kill else None
+                context = LaunchContext(run_dir, interrupts, _say, environ, watch, excluded)
+                code = DeploymentController(settings, placement, builder, step_controller, context).run()
             finally:
                 follower.close()
     except Interrupted as end:
@@ -154,6 +162,12 @@ def _conduct(
         _say(f"dynamo-mpi launch: {refused}")
         return refused.exit_code, str(refused)
     return code, "ended in order"
+
+
+def _watched(placement: Placement) -> tuple[str, ...]:
+    """Return the nodes of a deployment, each once."""
+    names = (*(node for worker in placement.workers for node in worker.nodes), *placement.spares, placement.head)
+    return tuple(dict.fromkeys(names))
 
 
 @contextlib.contextmanager
@@ -217,9 +231,8 @@ def _variables(begins: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(name for name in os.environ if name.startswith(begins)))
 
 
-def _show(
-    settings: LaunchSettings, builder: CommandBuilder, workers: tuple[Worker, ...], nodes: Nodes, path: Path
-) -> None:
+def _show(settings: LaunchSettings, builder: CommandBuilder, placement: Placement, nodes: Nodes, path: Path) -> None:
+    workers = placement.workers
     if nodes.job_id == STAND_IN_JOB:
         print(
             f"# not in an allocation: {', '.join(nodes.names[:2])} … and {STAND_IN_JOB} stand for its nodes and its id\n"
@@ -236,6 +249,8 @@ def _show(
     first = "the check, before anything starts; then " if joint else ""
     commands.append((f"{first}until {path}/services.json is there", builder.services()))
     commands += [("with what services.json gives, all at once", builder.worker(worker)) for worker in workers]
+    for node in placement.spares:
+        commands += [("meanwhile, on a spare node", command) for command in builder.prepare(node)]
     write_out("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
 
 

@@ -37,6 +37,12 @@ class ExitCode(IntEnum):
     """A phase exceeded its time limit."""
 
 
+MISTAKES = frozenset(
+    {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
+)
+"""Codes with which the same command would end again; the process has printed the reason."""
+
+
 def of_signal(number: int) -> int:
     """Return the exit code of a process that was ended by signal ``number``, as a shell reports it."""
     return 128 + number

@@ -201,7 +201,7 @@ def usage_parser(expected: str = "", note: str = "", **settings: Any) -> Argumen
 
 # what stands for a value in the help, by what reads it
 _VALUES = {
-    **dict.fromkeys(("to_size", "to_count", "to_restarts", "to_runtime_port"), "N"),
+    **dict.fromkeys(("to_size", "to_count", "to_zero_or_count", "to_runtime_port"), "N"),
     **dict.fromkeys(("to_seconds", "to_time", "to_period"), "SECONDS"),
     **dict.fromkeys(("to_path", "to_path_text"), "PATH"),
     "to_file": "FILE",

@@ -14,23 +14,29 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
-from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy.check_results import require_check, require_container, require_kv_check
+from dynamo_mpi.deploy.description import describe_deployment
+from dynamo_mpi.deploy.excluded import describe_excluded
+from dynamo_mpi.deploy.failures import FailureHandler
 from dynamo_mpi.deploy.head_node import CHECKED
 from dynamo_mpi.deploy.launchers import without_srun_input
+from dynamo_mpi.deploy.node_inquiry import NodeProber
 from dynamo_mpi.deploy.services import StepFailed, curl_line, listed_models
+from dynamo_mpi.deploy.spares import SparePool
 from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, nodes_of
+from dynamo_mpi.deploy.step_ender import StepEnder
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones
 from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
-from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.deploy.nodes import Worker
+    from dynamo_mpi.deploy.excluded import ExcludedNode
+    from dynamo_mpi.deploy.node_watch import NodeWatch
+    from dynamo_mpi.deploy.nodes import Placement
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.settings import LaunchSettings
 
@@ -41,7 +47,6 @@ LISTED_SECONDS = 30.0
 REACHED_SECONDS = 10.0
 # longer than the sum of the head node's own limits for its services
 SERVICES_STOP_SECONDS = 25.0
-CANCEL_SECONDS = 15.0
 # additional time of an end, besides the workers' drains
 END_SECONDS = 100.0
 # longer than a network file system hides a new file
@@ -61,12 +66,16 @@ class LaunchContext:
         interrupts: checked in every wait.
         say: prints one line of progress.
         environ: the steps' base environment.
+        watch: watches the nodes; None where nothing but a worker's end shows that one is lost.
+        excluded: nodes that an earlier start of the job has left out.
     """
 
     run_dir: RunDir
     interrupts: Interrupts
     say: Callable[[str], None]
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    watch: NodeWatch | None = None
+    excluded: Sequence[ExcludedNode] = ()
 
 
 class DeploymentController:
@@ -74,7 +83,7 @@ class DeploymentController:
 
     Args:
         settings: the deployment's settings.
-        workers: the workers and their nodes.
+        placement: the workers and their nodes, and the spares.
         builder: builds the command lines of the steps.
         step_controller: ends the steps.
         context: its folder, interrupts, output and environment.
@@ -83,27 +92,28 @@ class DeploymentController:
     def __init__(
         self,
         settings: LaunchSettings,
-        workers: Sequence[Worker],
+        placement: Placement,
         builder: CommandBuilder,
         step_controller: StepController,
         context: LaunchContext,
     ) -> None:
-        self._settings, self._workers, self._builder, self._step_controller = (
-            settings,
-            workers,
-            builder,
-            step_controller,
-        )
+        self._settings, self._placement, self._builder = settings, placement, builder
+        self._step_controller = step_controller
         self._run_dir, self._interrupts, self._print_line = context.run_dir, context.interrupts, context.say
         self._began = time.monotonic()
         # the services' file has all of these for the ranks
         self._environment, _ = split_clients(without_srun_input(context.environ))
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
-        self._worker_steps = WorkerSet(
-            workers, settings.max_restarts, builder, step_controller, self._run_dir, self._say
+        self._node_watch = context.watch
+        prober = NodeProber(builder, step_controller, self._run_dir, context.watch)
+        self._spares = SparePool(placement.spares, builder, step_controller, self._run_dir, self._spare_failed)
+        self._failures = FailureHandler(
+            placement, settings.max_restarts, self._spares, prober, self._run_dir, context.excluded
         )
+        self._worker_steps = WorkerSet(self._failures, builder, step_controller, self._run_dir, self._say)
         self._url = ""
+        self._described: Mapping[str, object] = {}
         self._limit = JobTimeLimit.of(context.environ)
         self._milestones = Milestones(self._run_dir.milestones, "launch")
 
@@ -123,12 +133,15 @@ class DeploymentController:
             if not self._settings.skip_check:
                 with self._milestones.step("check"):
                     self._check()
-            if needs_kv_check(self._settings, self._workers):
+            if needs_kv_check(self._settings, self._placement.workers):
                 with self._milestones.step("kv check"):
                     self._check_kv()
             with self._milestones.step("services"):
                 services = self._start_services()
+            if self._node_watch is not None:
+                self._node_watch.start()
             self._worker_steps.start(self._environment, services)
+            self._spares.start(self._environment)
             self._watch()
         except _AskedToStop as end:
             self._say(str(end))
@@ -147,9 +160,11 @@ class DeploymentController:
         self._say("check: passed")
 
     def _check_kv(self) -> None:
-        code, words = self._run_to_end(self._builder.kv_check(self._workers))
+        code, words = self._run_to_end(self._builder.kv_check(self._placement.workers))
         is_needed = self._settings.kv_check != "warn"
-        if warning := require_kv_check(code, words, nodes_of(self._workers, "prefill", "decode"), is_needed=is_needed):
+        if warning := require_kv_check(
+            code, words, nodes_of(self._placement.workers, "prefill", "decode"), is_needed=is_needed
+        ):
             self._say(warning)
 
     def _run_to_end(self, command: Command) -> tuple[int, str]:
@@ -217,14 +232,11 @@ class DeploymentController:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        announced, reminders, departed = False, ReminderSchedule(*REMINDER_SECONDS), 0
+        announced, reminders = False, ReminderSchedule(*REMINDER_SECONDS)
         while True:
-            self._require_services()
-            self._worker_steps.poll()
-            if len(self._worker_steps.departed) > departed:
-                departed = len(self._worker_steps.departed)
-                self._describe()
+            self._poll()
             if self._worker_steps.ended:
+                self._require_none_lost()
                 self._say("all workers have ended")
                 return
             waiting = self._worker_steps.pending
@@ -234,6 +246,18 @@ class DeploymentController:
             if waiting and (seconds := reminders.due()):
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
             self._pause()
+
+    def _poll(self) -> None:
+        """Look at everything that runs, and describe what has changed."""
+        self._require_services()
+        self._worker_steps.poll()
+        self._spares.poll()
+        self._describe()
+
+    def _require_none_lost(self) -> None:
+        """Check that all workers ended on request."""
+        for name, reason in self._worker_steps.given_up.items():
+            raise StepFailed(f"{name} could not be started again: {reason}", status=ExitCode.TEMPORARY, log="")
 
     @property
     def _end_seconds(self) -> float:
@@ -277,8 +301,7 @@ class DeploymentController:
         began = time.monotonic()
         models = listed_models(self._url)
         while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):
-            self._require_services()
-            self._worker_steps.poll()
+            self._poll()
             if not self._worker_steps.all_serve:
                 return not self._worker_steps.pending
             self._pause()
@@ -292,71 +315,38 @@ class DeploymentController:
         return True
 
     def _describe(self) -> None:
-        self._run_dir.describe(
-            {
-                "schema": 1,
-                "pid": os.getpid(),
-                "host": os.uname().nodename,
-                "job_id": os.environ.get("SLURM_JOB_ID", ""),
-                "url": self._url,
-                "model": self._settings.served_model_name or self._settings.model,
-                "workers": [
-                    {
-                        "name": w.name,
-                        "role": w.role,
-                        "nodes": w.nodes,
-                        "ranks": w.ranks,
-                        "step": command.step,
-                        "launch": command.environment.get(LAUNCH_VARIABLE),
-                        "departed": self._worker_steps.departed.get(w.name),
-                    }
-                    for w in self._workers
-                    for command in [self._builder.worker(w)]
-                ],
-                "steps": [command.step for command in self._commands()],
-            }
-        )
+        """Write what runs, if that has changed."""
+        now = describe_deployment(self._settings, self._builder, self._failures, self._worker_steps, self._url)
+        if now != self._described:
+            self._described = now
+            self._run_dir.describe(now)
 
-    def _commands(self) -> list[Command]:
-        """Return everything that this deployment may run."""
-        workers = [self._builder.worker(worker) for worker in self._workers]
-        kv_check = [self._builder.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
-        check = [] if self._builder.checks_in_services else [self._builder.check()]
-        return [*check, *kv_check, self._builder.services(), *workers]
+    def _spare_failed(self, node: str, reason: str) -> None:
+        self._failures.leave_out({node: reason})
+        self._say(f"warning: the spare node {node} is left out: {reason}")
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
-        # at most one: a second may have arrived since the first was handled
-        signals_before = min(self._interrupts.count, 1)
+        ender = StepEnder(self._step_controller, self._interrupts, self._say)
+        if self._node_watch is not None:
+            self._node_watch.close()
+        self._failures.close()
         if self._services is not None and self._services.child.exit_code():
             self._step_controller.signal([self._services])  # if only srun was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
-            self._end(self._worker_steps.steps_of(role), self._settings.stop_timeout, signals_before)
-            if self._interrupts.count == signals_before:
+            ender.end(self._worker_steps.steps_of(role), self._settings.stop_timeout)
+            if not ender.is_hurried:
                 self._worker_steps.deregister(role)
+        self._spares.close()
         rest = list(self._others.values())
-        if self._interrupts.count != signals_before:
+        if ender.is_hurried:
             # a second request, below, ends them at once; cancelling would leave their keys on the node
             self._step_controller.signal(rest)
-        self._end(rest, SERVICES_STOP_SECONDS, self._interrupts.count)
+        ender.end(rest, SERVICES_STOP_SECONDS, is_last=True)
         if self._services is not None and self._services.child.exit_code():
             self._step_controller.cancel([self._services])
-
-    def _end(self, steps: list[Step], seconds: float, signals_before: int) -> None:
-        running = [step for step in steps if step.child.exit_code() is None]
-        if running and self._interrupts.count == signals_before:
-            self._say(f"ending {', '.join(step.name for step in running)}")
-            self._step_controller.signal(running)
-            self._await_end(running, seconds, signals_before)
-        if running := [step for step in running if step.child.exit_code() is None]:
-            self._say(f"cancelling {', '.join(step.name for step in running)}")
-            self._step_controller.cancel(running)
-            self._await_end(running, CANCEL_SECONDS, None)
-        for step in steps:
-            step.child.kill()
-
-    def _await_end(self, steps: list[Step], seconds: float, signals_before: int | None) -> None:
-        await_exit([step.child for step in steps], seconds, self._interrupts, signals_before, POLL_SECONDS)
+        if line := describe_excluded(self._failures.excluded):
+            self._say(line)
 
     def _say(self, text: str) -> None:
         self._print_line(f"{time.monotonic() - self._began:6.1f} s  {text}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.checks.node_probe import HERE, result
+from dynamo_mpi.deploy.nodes import is_this_host
 from dynamo_mpi.deploy.step_commands import (
     KV_CHECK,
     STEP_PREFIX,
@@ -17,6 +19,7 @@ from dynamo_mpi.deploy.step_commands import (
     check_words,
     kv_check_words,
     nodes_of,
+    probe_words,
     services_environment,
     services_words,
     worker_environment,
@@ -140,9 +143,24 @@ class Srun:
             ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), worker.nodes
         )
 
+    def probe(self, node: str) -> Command:
+        """The probe of a node after a failure. With a container it only shows that the node takes a step: to unpack the image would take
+        longer than all else, and the ranks check the GPUs again before they load."""
+        if self.container is None:
+            return self._on_node(node, f"probe-{node}", probe_words(self.source), {})
+        words = ("printf", "%s\\n", HERE, result(()))
+        return replace(self, container=None)._on_node(node, f"probe-{node}", words, {})
+
+    def prepare(self, node: str) -> tuple[Command, ...]:
+        """What makes a spare node ready: the hardware check, in the container if there is one, which brings the image to the node."""
+        return (self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {}),)
+
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
-        # --overlap: a worker on the head node needs its CPUs
-        options = ("--overlap", "--mpi=none", "--nodes=1", f"--nodelist={self.nodes.head}", "--ntasks=1")
+        return self._on_node(self.nodes.head, name, words, environment)
+
+    def _on_node(self, node: str, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
+        # --overlap: a worker on the node needs its CPUs
+        options = ("--overlap", "--mpi=none", "--nodes=1", f"--nodelist={node}", "--ntasks=1")
         return self._step(name, options, (), words, environment, ())
 
     def _step(
@@ -271,6 +289,21 @@ class Mpirun:
         placed = self._placed(worker.nodes, worker.ranks_per_node, names)
         lines = (*placed, worker_words(self.settings, self.source, worker, self.run_dir))
         return Command(worker.name, worker.name, lines, environment)
+
+    def probe(self, node: str) -> Command:
+        """The probe of a host after a failure."""
+        return self._probe(f"probe-{node}", node, full=False)
+
+    def prepare(self, node: str) -> tuple[Command, ...]:
+        """What makes a spare host ready: the hardware check."""
+        return (self._probe(f"spare-{node}", node, full=True),)
+
+    def _probe(self, name: str, node: str, *, full: bool) -> Command:
+        environment, words = {"PYTHON": self.source.python}, probe_words(self.source, full=full)
+        if is_this_host(node):
+            return Command(name, name, (words,), environment)
+        lines = (*self._placed((node,), 1, {*environment, *self.forwarded}), words)
+        return Command(name, name, lines, environment)
 
     def _placed(self, nodes: Sequence[str], ranks_per_node: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
         return (

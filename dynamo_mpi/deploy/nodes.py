@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.deploy.hostlist import expand
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from dynamo_mpi.deploy.settings import LaunchSettings
@@ -141,6 +143,12 @@ def _head(environ: Mapping[str, str], names: tuple[str, ...]) -> str:
     return here if here in names else names[0]
 
 
+def is_this_host(name: str) -> bool:
+    """Return whether a hostfile's entry is this host: its name, or a loopback name."""
+    host = name.rpartition("@")[2]
+    return host in ("localhost", "127.0.0.1", "::1", os.uname().nodename) or host.partition(".")[0] == host_name()
+
+
 def of_hostfile(path: Path, here: str) -> Nodes:
     """Return the hosts of mpirun's hostfile: one per line, each once; ``slots=N`` and comments are ignored.
 
@@ -194,38 +202,74 @@ class Worker:
     def ranks(self) -> int:
         return len(self.nodes) * self.ranks_per_node
 
+    def moved(self, moves: Iterable[tuple[str, str]]) -> Worker:
+        """Return it with other nodes in the places of some.
+
+        Args:
+            moves: pairs of a node and the one that takes its place.
+        """
+        other = dict(moves)
+        return replace(self, nodes=tuple(other.get(node, node) for node in self.nodes))
+
+
+class Placement(NamedTuple):
+    """Where the parts of a deployment begin.
+
+    Args:
+        workers: the workers and their nodes.
+        spares: nodes that no worker has.
+        head: the node of the services.
+    """
+
+    workers: tuple[Worker, ...]
+    spares: tuple[str, ...] = ()
+    head: str = ""
+
 
 def nodes_wanted(settings: LaunchSettings) -> int:
-    """Return the number of nodes for all workers; the head node is one of them."""
-    return sum(nodes * workers for _, nodes, workers in map(settings.of, settings.worker_roles))
+    """Return the number of nodes for all workers, the head node is one of them, and of the spares."""
+    return settings.spare_nodes + sum(nodes * workers for _, nodes, workers in map(settings.of, settings.worker_roles))
 
 
-def assign(settings: LaunchSettings, nodes: Nodes) -> tuple[Worker, ...]:
-    """Assign nodes to each worker: neighbours in Slurm's order, prefill first.
+def assign(settings: LaunchSettings, nodes: Nodes, excluded: Collection[str] = ()) -> Placement:
+    """Assign nodes to each worker: neighbours in Slurm's order, prefill first; spares are the last ones, and never the head node.
+
+    Args:
+        settings: the deployment's settings.
+        nodes: the available nodes.
+        excluded: nodes that an earlier start of the job has left out: no worker gets them, and they count as missing spares first.
 
     Raises:
         UsageError: there are too few nodes.
     """
-    wanted, parts = nodes_wanted(settings), []
-    if wanted > len(nodes.names):
+    names = tuple(name for name in nodes.names if name not in excluded)
+    wanted = nodes_wanted(settings)
+    if wanted - min(settings.spare_nodes, len(nodes.names) - len(names)) > len(names):
         listed = ", ".join(
             f"{workers} {role} worker{'s' if workers > 1 else ''} x {count} node{'s' if count > 1 else ''}"
             for role in settings.worker_roles
             for _, count, workers in [settings.of(role)]
         )
+        if settings.spare_nodes:
+            listed += f", {settings.spare_nodes} spare node{'s' if settings.spare_nodes > 1 else ''}"
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
         where = "the list of nodes" if nodes.job_id == STAND_IN_JOB else where
         where, more = ("--nodes", "more nodes in --nodes") if nodes.chosen else (where, "a larger allocation")
+        without = f", without the excluded {', '.join(excluded)}" if len(names) < len(nodes.names) else ""
         raise UsageError(
-            f"{listed}: that takes {wanted} nodes, and {where} has {len(nodes.names)} ({', '.join(nodes.names)})",
+            f"{listed}: that takes {wanted} nodes, and {where} has {len(names)} ({', '.join(names)}){without}",
             expected=f"at least {wanted} nodes",
             fix=f"{more}, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
         )
-    free = iter(nodes.names)
+    # all that is left over, where the user gave more nodes, stays as it was: unused
+    last = [name for name in names[:wanted] if name != nodes.head]
+    spares = tuple(last[len(last) - max(0, settings.spare_nodes - max(0, wanted - len(names))) :])
+    free = iter(name for name in names if name not in spares)
+    parts = []
     for role in settings.worker_roles:
         config, count, workers = settings.of(role)
         assert config is not None  # noqa: S101 - read_settings has seen to it
         for number in range(workers):
             own = tuple(next(free) for _ in range(count))
             parts.append(Worker(f"{role}-{number}", role, config, own, settings.gpus_per_node))
-    return tuple(parts)
+    return Placement(tuple(parts), spares, nodes.head)

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.errors import MISTAKES, DynamoMpiError, ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.own_files import read_own
+from dynamo_mpi.deploy.blame import RankReport
 from dynamo_mpi.deploy.first_death import Death, first_death, spell_signal
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import WorkerIdentity, create_if_absent, failure_record, list_failures
@@ -42,10 +43,6 @@ _ETCD_SECONDS = 2.0
 # reports of ranks and node agents, as text and as JSON
 _REPORT = re.compile(
     r'dynamo_mpi: (?:rank \d+ on )?\S+: (?:error\b|preflight: \d+ errors?\b|exit: code \d)|"level":"ERROR","target":"dynamo_mpi"'
-)
-# with these codes, a process has always printed the reason: the command was wrong
-MISTAKES = frozenset(
-    {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
 )
 
 
@@ -88,16 +85,19 @@ class Beginning(NamedTuple):
         """Whether a rank has written a failure file since then."""
         return self.failures is not None and bool(_files(self.failures) - self.earlier)
 
-    def written(self) -> str:
-        """Return the root cause from the ranks' failure files, for use if it isn't in their output: Open MPI 5's mpirun may drop output
-        after a rank has exited with an error. Empty if there is none."""
+    def reports(self) -> tuple[RankReport, ...]:
+        """Return what the ranks' failure files have, the earliest first."""
         reports = []
         for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                content = json.loads(read_own(Path(self.failures or "") / name))
-                text = f"rank {content['rank']} on {content['host']}: {content['report']}"
-                reports.append((float(content["time"]), text))
-        return min(reports, default=(0.0, ""))[1]
+                reports.append(RankReport.of(json.loads(read_own(Path(self.failures or "") / name))))
+        return tuple(sorted(reports, key=lambda report: report.time))
+
+    def written(self) -> str:
+        """Return the root cause from the ranks' failure files, for use if it isn't in their output: Open MPI 5's mpirun may drop output
+        after a rank has exited with an error. Empty if there is none."""
+        composed = (f"rank {each.rank} on {each.host}: {each.text}" for each in self.reports() if each.is_composed)
+        return next(composed, "")
 
 
 class Trace(NamedTuple):

@@ -6,6 +6,7 @@ services.lock      the same for the services' process; removed when it ends
 services/NAME.log  a service's output, of the last start in the folder
 deployment.json    the workers and their nodes; removed when it ends
 ended.json         how the last deployment here ended; removed when the next one starts
+excluded.json      nodes that are left out for the rest of the job; kept, until a deployment of another job starts in the folder
 services.json      the services' addresses and credentials (0600); removed when they end
 ready/NAME.json    exists while a worker serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
@@ -13,6 +14,7 @@ timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; lau
 failures/NAME/     a worker's failure files; made when the first is written
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               if it exists, the deployment ends
+replace/NODE       if it exists, the worker on the node is moved to a spare, and the node is left out
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.deploy.excluded import EXCLUDED, read_excluded, write_excluded
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, STOP, open_run_dir, read_services, write_object
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from dynamo_mpi.common.own_files import OwnFolder
+    from dynamo_mpi.deploy.excluded import ExcludedNode
     from dynamo_mpi.deploy.run_files import ServiceAccess
 
 ENDED_SCHEMA = 1
@@ -196,6 +200,11 @@ class RunDir(_HeldFolder):
         """Write ``deployment.json``, for the operator's commands."""
         write_object(self._folder, DEPLOYMENT, content)
 
+    def write_excluded(self, nodes: Sequence[ExcludedNode]) -> None:
+        """Write ``excluded.json``. Does not raise: an end without it is better than none."""
+        with contextlib.suppress(OSError):
+            write_excluded(self._folder, _job_id(), nodes)
+
     def write_end(self, exit_code: int, report: str) -> None:
         """Write how the deployment has ended, for `dynamo-mpi wait`. Does not raise.
 
@@ -223,6 +232,8 @@ class RunDir(_HeldFolder):
         self._clear("timeline", ".html", ".json")
         for name in (SERVICES, STOP, DEPLOYMENT, ENDED):
             self._folder.remove(name)
+        if not read_excluded(self._folder, _job_id()):
+            self._folder.remove(EXCLUDED)
 
     def _clear(self, subfolder: str, *endings: str) -> None:
         with self._folder.subfolder(subfolder, create=True) as folder:
@@ -283,6 +294,10 @@ def _write_end(folder: OwnFolder, exit_code: int, report: str) -> None:
     content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
     with contextlib.suppress(OSError):
         write_object(folder, ENDED, {**content, "time": time.time()})
+
+
+def _job_id() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def _names(folder: OwnFolder) -> list[str]:

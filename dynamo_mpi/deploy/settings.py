@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ROLES = ("agg", "prefill", "decode")
+# a worker that only had an accident serves again after the first; a third one in an hour is for a person to look at
+RESTARTS_WITH_SPARES = 3
 
 
 def to_words(text: str) -> tuple[str, ...]:
@@ -29,8 +31,8 @@ def to_words(text: str) -> tuple[str, ...]:
         raise ValueError(f"words as a shell reads them ({error})") from None
 
 
-def to_restarts(text: str) -> int:
-    """Read a number of restarts; 0 is allowed."""
+def to_zero_or_count(text: str) -> int:
+    """Read a number; 0 is allowed."""
     return 0 if text.strip() == "0" else to_count(text)
 
 
@@ -156,12 +158,22 @@ OPTIONS: tuple[Option, ...] = (
         "interpreter in the steps; python3 in an image, else this one",
     ),
     Option(
+        "spare_nodes",
+        ("--spare-nodes",),
+        ("DYN_MPI_SPARE_NODES", "NUM_SPARE_NODES"),
+        0,
+        to_zero_or_count,
+        "nodes of the allocation that no worker gets at first: one takes the place of a node that is lost or unhealthy; the allocation must "
+        "be one of salloc or sbatch --no-kill",
+    ),
+    Option(
         "max_restarts",
         ("--max-restarts",),
         ("DYN_MPI_MAX_RESTARTS",),
-        0,
-        to_restarts,
-        "how often a worker that failed is started again while the others live; mistakes (64 to 66, 77, 78) never are",
+        None,
+        to_zero_or_count,
+        "how often in an hour a worker that failed is started again while the others live, moves away from bad nodes not counted; mistakes "
+        f"(64 to 66, 77, 78) never are. By default 0, with spare nodes {RESTARTS_WITH_SPARES}",
     ),
     Option(
         "start_timeout",
@@ -230,6 +242,7 @@ class LaunchSettings:
     srun_args: tuple[str, ...]
     mpirun: tuple[str, ...]
     python: str | None
+    spare_nodes: int
     max_restarts: int
     start_timeout: float
     stop_timeout: float
@@ -241,6 +254,11 @@ class LaunchSettings:
     def worker_roles(self) -> tuple[str, ...]:
         """The workers' roles, in the order in which they get nodes."""
         return ("agg",) if self.role == "agg" else ("prefill", "decode")
+
+    @property
+    def no_kill(self) -> bool:
+        """Whether a worker's step goes on without a node that is lost, and is then ended by `launch`: Slurm would end it late."""
+        return self.spare_nodes > 0
 
     def of(self, role: str) -> tuple[str | None, int, int]:
         """Return the engine config, nodes of a worker, and number of workers of a role."""
@@ -258,6 +276,8 @@ def read_settings(
     values, _ = resolve(OPTIONS, given, environ, {})
     if values["launcher"] == "auto":
         values["launcher"] = "mpirun" if values["hostfile"] is not None else "slurm"
+    if values["max_restarts"] is None:
+        values["max_restarts"] = RESTARTS_WITH_SPARES if values["spare_nodes"] else 0
     if values["model"] is None:
         raise UsageError("no model was given", expected="a model", fix="--model DIR, or MODEL_PATH=DIR")
     settings = LaunchSettings(**values, worker_args=worker_args)

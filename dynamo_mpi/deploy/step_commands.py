@@ -59,6 +59,7 @@ _MODULES = {
     "start_worker.sh": ("-m", "dynamo_mpi.worker"),
     "dynamo-mpi.sh": ("-m", "dynamo_mpi"),
     "check_kv.sh": ("-m", "dynamo_mpi.checks.kv"),
+    "probe_node.sh": ("-m", "dynamo_mpi.checks.node_probe"),
 }
 
 
@@ -157,6 +158,11 @@ def check_flags(settings: LaunchSettings) -> tuple[str, ...]:
     if settings.engine != "auto":
         words += ["--engine", settings.engine]
     return (*words, "--gpus-per-node", str(settings.gpus_per_node))
+
+
+def probe_words(source: CodeLocation, *, full: bool = False) -> tuple[str, ...]:
+    """Return the command line of the probe of a node."""
+    return (*source.entry("probe_node.sh"), *(("--full",) if full else ()))
 
 
 KV_CHECK = "kv-check"

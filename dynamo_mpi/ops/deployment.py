@@ -66,6 +66,8 @@ class ExpectedWorker:
         ranks: number of ranks.
         launch: its launch name in the worker record.
         departed: when it ended on request, in seconds since 1970: it isn't restarted; None if it hasn't.
+        restarts: its failures of the last hour that count for the limit of restarts.
+        given_up: why it can't be started again, while others of its role serve; None if it can.
     """
 
     name: str
@@ -74,6 +76,27 @@ class ExpectedWorker:
     ranks: int
     launch: str
     departed: float | None = None
+    restarts: int = 0
+    given_up: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeNote:
+    """What `launch` says about a node.
+
+    Args:
+        node: its name.
+        state: of a spare: ``preparing``, ``ready``, ``used`` or ``failed``.
+        reason: why it is left out or drained, or has failed as a spare, or the worker that uses it as a spare.
+        time: since when, in seconds since 1970; None if it isn't known.
+        worker: the worker that it was taken from.
+    """
+
+    node: str
+    state: str = ""
+    reason: str = ""
+    time: float | None = None
+    worker: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,10 @@ class RunningLaunch:
         host: the launcher's host.
         pid: the launcher's process id.
         steps: names of all steps that it may start.
+        spares: its spare nodes.
+        excluded: nodes that it has left out for the rest of the job.
+        drained: its nodes that an administrator drains.
+        max_restarts: how often it starts a worker again in an hour.
     """
 
     workers: tuple[ExpectedWorker, ...]
@@ -93,6 +120,10 @@ class RunningLaunch:
     host: str
     pid: int
     steps: tuple[str, ...] = ()
+    spares: tuple[NodeNote, ...] = ()
+    excluded: tuple[NodeNote, ...] = ()
+    drained: tuple[NodeNote, ...] = ()
+    max_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -277,7 +308,15 @@ def _read_launch(content: dict[str, Any]) -> RunningLaunch | None:
         for worker in (workers if isinstance(workers, list) else [])
         if isinstance(worker, dict)
     ]
-    return read_fields(RunningLaunch, content, [], workers=tuple(found))
+    spares, excluded, drained = (_read_notes(content.get(name)) for name in ("spares", "excluded", "drained"))
+    return read_fields(
+        RunningLaunch, content, [], workers=tuple(found), spares=spares, excluded=excluded, drained=drained
+    )
+
+
+def _read_notes(content: object) -> tuple[NodeNote, ...]:
+    entries = content if isinstance(content, list) else []
+    return tuple(read_fields(NodeNote, entry, []) for entry in entries if isinstance(entry, dict))
 
 
 def _read_end(content: dict[str, Any]) -> DeploymentEnd | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _NODES = 4
 DEPARTED = "ended on request"
 """Position of a worker that `launch` doesn't restart."""
+GIVEN_UP = "given up"
+"""Position of a worker that `launch` can't restart: no node is left for it."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -116,7 +118,7 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
         found = [
             _missing(own.name, [w for w in status.workers if w.record.launch == own.launch], status.time)
             for own in expected
-            if own not in departed
+            if own not in departed and own not in status.given_up
         ]
         lost = [
             MissingItem(own.name, DEPARTED) for own in expected if own in departed and own.role in status.lost_roles

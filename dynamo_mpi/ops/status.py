@@ -72,13 +72,18 @@ class DeploymentStatus:
 
     @property
     def missing(self) -> tuple[ExpectedWorker, ...]:
-        """Workers of the deployment that have no record, but those that have departed."""
-        return tuple(worker for worker in self._absent if worker.departed is None)
+        """Workers of the deployment that have no record, but those that have departed, or were given up."""
+        return tuple(worker for worker in self._absent if worker.departed is None and worker.given_up is None)
 
     @property
     def departed(self) -> tuple[ExpectedWorker, ...]:
         """Workers of the deployment that ended on request, and aren't restarted."""
         return tuple(worker for worker in self._absent if worker.departed is not None)
+
+    @property
+    def given_up(self) -> tuple[ExpectedWorker, ...]:
+        """Workers of the deployment that can't be started again, while others of their role serve."""
+        return tuple(worker for worker in self._absent if worker.given_up is not None)
 
     @property
     def lost_roles(self) -> frozenset[str]:
@@ -103,7 +108,7 @@ class DeploymentStatus:
         ended_well = end is None or end.exit_code == ExitCode.OK
         services = all(service.is_up for service in self.services)
         alive = not self.deployment.launcher_is_dead
-        complete = not self.missing and not self.lost_roles
+        complete = not self.missing and not self.given_up and not self.lost_roles
         return ended_well and alive and services and complete and not self.open_failures
 
     def name_of(self, worker: StoredRecord | StoredFailure) -> str:

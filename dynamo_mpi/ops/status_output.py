@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
+    GIVEN_UP,
     format_failure,
     format_nodes,
     format_progress,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.discovery.failure_records import StoredFailure
     from dynamo_mpi.discovery.records import StoredRecord
-    from dynamo_mpi.ops.deployment import ExpectedWorker
+    from dynamo_mpi.ops.deployment import ExpectedWorker, NodeNote
     from dynamo_mpi.ops.status import DeploymentStatus
 
 _HEADS = ("model", "worker", "layout", "nodes", "phase", "for", "up", "requests", "start", "progress")
@@ -41,6 +42,7 @@ def describe(status: DeploymentStatus, width: int = _LONGEST_LINE) -> str:
     rows = [_row(status, worker) for worker in status.workers]
     rows += [_absent_row(worker, "not there", "-") for worker in status.missing]
     rows += [_absent_row(w, DEPARTED, format_since(w.departed, status.time)) for w in status.departed]
+    rows += [_absent_row(worker, GIVEN_UP, "-") for worker in status.given_up]
     lines = _table([_HEADS, *rows], width) if rows else ["no worker is there"]
     lines += _events(status)
     return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
@@ -89,6 +91,7 @@ def _events(status: DeploymentStatus) -> list[str]:
         for failure in status.failures:
             after = "" if failure in still else " [started again]"
             lines.append(f"  {format_failure(failure.record, status.name_of(failure), now)}{after}")
+    lines += _nodes(status)
     if status.services:
         states = (
             f"{s.name} {'up' if s.is_up else 'DOWN'} at {s.url}{s.note and f' ({s.note})'}" for s in status.services
@@ -106,6 +109,26 @@ def _events(status: DeploymentStatus) -> list[str]:
     if len(warnings) > _MOST_WARNINGS:
         warnings[_MOST_WARNINGS - 1 :] = [f"warning: and {len(warnings) - _MOST_WARNINGS + 1} more"]
     return lines + warnings
+
+
+def _nodes(status: DeploymentStatus) -> list[str]:
+    """Return a line each about spare nodes, nodes that are left out or drained, and workers that were given up."""
+    launch, lines = status.deployment.launch, []
+    if launch is None:
+        return []
+    if launch.spares:
+        states = (f"{s.node} {s.state}{s.reason and f' ({s.reason})'}" for s in launch.spares)
+        lines.append(f"spare nodes: {', '.join(states)}")
+    if launch.excluded:
+        reasons = (f"{e.node} ({e.reason})" for e in launch.excluded)
+        names = ",".join(e.node for e in launch.excluded)
+        lines.append(f"left out: {'; '.join(reasons)}; for a next job: --exclude={names}")
+    lines += [
+        f"warning: {d.node} is drained: {d.reason}; dynamo-mpi replace {d.node} moves its worker"
+        for d in launch.drained
+    ]
+    lines += [f"warning: {w.name} is given up: {w.given_up}" for w in status.given_up]
+    return lines
 
 
 SCHEMA = 1
@@ -128,6 +151,14 @@ def as_json(status: DeploymentStatus) -> dict[str, Any]:
         "departed": [
             {"name": w.name, "role": w.role, "nodes": list(w.nodes), "time": w.departed} for w in status.departed
         ],
+        "given_up": [
+            {"name": w.name, "role": w.role, "nodes": list(w.nodes), "reason": w.given_up} for w in status.given_up
+        ],
+        "restarts": [] if launch is None else [{"name": w.name, "count": w.restarts} for w in launch.workers],
+        "max_restarts": None if launch is None else launch.max_restarts,
+        "spares": [] if launch is None else [_note(s, "state", "reason") for s in launch.spares],
+        "excluded": [] if launch is None else [_note(e, "reason", "time", "worker") for e in launch.excluded],
+        "drained": [] if launch is None else [_note(d, "reason") for d in launch.drained],
         "failures": [_failure(status, failure, failure not in still) for failure in status.failures],
         "services": [{"name": s.name, "url": s.url, "up": s.is_up, "note": s.note} for s in status.services],
         "launcher": None
@@ -158,6 +189,10 @@ def _worker(status: DeploymentStatus, worker: StoredRecord) -> dict[str, Any]:
     del content["layout"]["gpus_per_node"]
     layout = {**content["layout"], "text": str(record.layout)} if record.layout.is_known else None
     return {"key": sanitize(worker.key), **content, "layout": layout, "name": status.name_of(worker)}
+
+
+def _note(note: NodeNote, *names: str) -> dict[str, Any]:
+    return {name: getattr(note, name) for name in ("node", *names)}
 
 
 def _failure(status: DeploymentStatus, failure: StoredFailure, followed: bool) -> dict[str, Any]:

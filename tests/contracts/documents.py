@@ -91,8 +91,15 @@ def _snapshots() -> list[Any]:
     expected = tuple(
         sources.ExpectedWorker(f"{role}-0", role, ("n1",), 8, f"x-{role}") for role in ("prefill", "decode")
     )
+    expected = (*expected, replace(expected[0], name="prefill-1", launch="x-1", given_up="no spare node is left"))
+    nodes = [sources.NodeNote("n9", "used", "prefill-0"), sources.NodeNote("n2", "", "lost", 1.5e9, "prefill-0")]
     running = sources.Deployment(
-        Path("/run/dir"), {}, "http://h:8000", sources.RunningLaunch(expected, "12", "head.example", 4711)
+        Path("/run/dir"),
+        {},
+        "http://h:8000",
+        sources.RunningLaunch(
+            expected, "12", "head.example", 4711, (), (nodes[0],), (nodes[1],), (sources.NodeNote("n4", "", "drain"),)
+        ),
     )
     started = [
         sources.Service("etcd", "http://h:2379", True),
@@ -279,6 +286,12 @@ class _Steps:
     def worker(self, worker: sources.LaunchedWorker, services: object = ()) -> sources.Command:
         return sources.Command(worker.name, worker.name, (), {sources.LAUNCH_VARIABLE: f"x-{worker.name}"})
 
+    def probe(self, node: str) -> sources.Command:
+        return sources.Command(f"probe-{node}", f"probe-{node}", ())
+
+    def prepare(self, node: str) -> tuple[sources.Command, ...]:
+        return (sources.Command(f"spare-{node}", f"spare-{node}", ()),)
+
 
 def _deployment_json(path: Path) -> Any:
     """Return what `launch` says of a deployment while its check runs."""
@@ -290,7 +303,9 @@ def _deployment_json(path: Path) -> Any:
         steps: Any = _Steps()
         endings = sources.MpirunStepController()
         context = sources.LaunchContext(run_dir, interrupts, lambda text: None)
-        sources.DeploymentController(settings, (worker,), steps, endings, context).run()
+        placement = sources.Placement((worker,), ("n3",), "n1")
+        controller = sources.DeploymentController(settings, placement, steps, endings, context)
+        controller.run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
     run_dir.write_end(70, "decode-0 ended with exit code 70")
     run_dir.close()

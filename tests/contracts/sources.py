@@ -27,7 +27,7 @@ from dynamo_mpi.cli.local import failure as local_failure
 from dynamo_mpi.cli.local import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
-from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
+from dynamo_mpi.common.errors import MISTAKES, DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.log_record import Level, Line
@@ -47,8 +47,8 @@ from dynamo_mpi.deploy.kubernetes.settings import JOIN_OPTIONS, LEAD_OPTIONS
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec
+from dynamo_mpi.deploy.nodes import Placement
 from dynamo_mpi.deploy.nodes import Worker as LaunchedWorker
-from dynamo_mpi.deploy.reports import MISTAKES
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.services import ServiceError, StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
@@ -70,7 +70,7 @@ from dynamo_mpi.discovery.schema import json_schema
 from dynamo_mpi.engines.reference.convert_gguf import main as model_files_main
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.finding import render as render_findings
-from dynamo_mpi.ops.deployment import Deployment, DeploymentEnd, ExpectedWorker, RunningLaunch
+from dynamo_mpi.ops.deployment import Deployment, DeploymentEnd, ExpectedWorker, NodeNote, RunningLaunch
 from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.runner import SECTIONS as DOCTOR_SECTIONS
 from dynamo_mpi.ops.doctor.runner import Report as DoctorReport

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.checks.node_probe import HERE, result
 from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
-from dynamo_mpi.deploy import reports
-from dynamo_mpi.deploy import workers as workers_module
+from dynamo_mpi.deploy import node_inquiry, recovery, reports, step_ender
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
-from dynamo_mpi.deploy.nodes import Worker
+from dynamo_mpi.deploy.nodes import Placement, Worker
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import LaunchSettings, read_settings
@@ -57,6 +57,14 @@ class Steps:
     prefill: str = SERVE
     decode: str = SERVE
     checks_in_services: bool = False
+    probe_script: str = f"echo '{HERE}'; echo '{result(())}'"
+    prepare_script: str = "true"
+
+    def probe(self, node: str) -> Command:
+        return self.command(f"probe-{node}", f"NODE={node}; {self.probe_script}")
+
+    def prepare(self, node: str) -> Sequence[Command]:
+        return (self.command(f"spare-{node}", f"NODE={node}; {self.prepare_script}"),)
 
     def command(self, name: str, script: str) -> Command:
         ready = self.folder / "ready" / f"{name}.json"
@@ -64,7 +72,8 @@ class Steps:
         return Command(name, name, (words,), {LAUNCH_VARIABLE: name})
 
     def worker(self, worker: Worker) -> Command:
-        return self.command(worker.name, self.prefill if worker.role == "prefill" else self.decode)
+        script = self.prefill if worker.role == "prefill" else self.decode
+        return self.command(worker.name, f"NODES={','.join(worker.nodes)}; {script}")
 
 
 class Rendered:
@@ -73,6 +82,8 @@ class Rendered:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self.worker = steps.worker
+        self.probe = steps.probe
+        self.prepare = steps.prepare
         self.checks_in_services = steps.checks_in_services
 
     def check(self) -> Command:
@@ -86,6 +97,14 @@ class Rendered:
 
 
 Run = Callable[..., tuple[int, str]]
+
+
+def is_due(when: str, said: Sequence[str]) -> bool:
+    """Return whether the last line has these words; with ``WORDS#2``, for the second time."""
+    words, _, count = when.partition("#")
+    return words in said[-1] and (not count or sum(words in line for line in said) == int(count))
+
+
 NONE: Mapping[str, str] = {}
 
 
@@ -99,8 +118,9 @@ def settings() -> LaunchSettings:
 def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a deployment of these steps; what it says is looked at by ``when``, which may end it."""
     monkeypatch.setattr(conductors, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(step_ender, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(conductors, "REACHED_SECONDS", 0.0)
-    monkeypatch.setattr(workers_module, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(reports, "GRACE_SECONDS", 0.2)
     folder = tmp_path / "run"
 
@@ -109,6 +129,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
         do: Callable[[], None] = lambda: None,
         max_restarts: int = 0,
         workers: Sequence[Worker] = (PREFILL, DECODE),
+        spares: tuple[str, ...] = (),
         changes: Mapping[str, str] = NONE,
         in_services: bool = False,
         **scripts: str,
@@ -117,7 +138,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
 
         def say(text: str) -> None:
             said.append(text)
-            if when and when in text:
+            if when and is_due(when, said):
                 # not from within: what it does may be looked at before this line returns
                 threading.Thread(target=do).start()
 
@@ -126,7 +147,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
             with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts:
                 conductor = DeploymentController(
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
-                    workers,
+                    Placement(tuple(workers), spares, "head"),
                     Rendered(Steps(folder, checks_in_services=in_services, **scripts)),
                     MpirunStepController(),
                     LaunchContext(run_dir, interrupts, say),
@@ -290,6 +311,148 @@ def test_a_container_that_pyxis_cannot_start_is_a_mistake(run: Run, step: str) -
     assert "refused the deployment" not in said
 
 
+READY_ON_S1 = "decode-0: ready"
+AGAIN = "decode-0: ready#2"
+READY_AND = SERVE.split(";")[0]
+SICK = f"""echo '{HERE}'; echo '{result(["V10: GPU 3: 2 uncorrected ECC errors"])}'"""
+WELL = Steps.probe_script
+# the worker fails on the node n and serves on any other
+FAILS_ON_N = f'if [ "$NODES" = n ]; then {READY_AND}; sleep 0.3; exit 137; else {SERVE}; fi'
+
+
+FAILS_WITH_WORDS = f'if [ "$NODES" = n ]; then echo "srun: error: n: task 0: Killed"; exit 137; else {SERVE}; fi'
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_a_sick_node_is_left_out_and_a_spare_takes_its_place(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+
+    def look() -> None:
+        copy.write_text((tmp_path / "run" / "deployment.json").read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    own = (replace(PREFILL, nodes=("m",)), DECODE)
+    code, said = run(
+        AGAIN, look, 3, workers=own, spares=("s1", "s2"), probe_script=probe, decode=FAILS_ON_N, prefill=SERVE
+    )
+    assert code == 143, said
+    moved = (
+        "decode-0: ended with exit code 137; n is left out (V10: GPU 3: 2 uncorrected ECC errors), s1 takes its place"
+    )
+    assert moved in said
+    assert said.index(moved) < said.index("decode-0: 1 rank on s1")
+    assert "prefill-0: 1 rank on m" in said
+    assert said.count("prefill-0: ready") == 1
+    written = content_of(tmp_path / "run" / "excluded.json")
+    assert [(one["node"], one["worker"]) for one in written["nodes"]] == [("n", "decode-0")]
+    assert said.rstrip().endswith("for a next job: --exclude=n")
+    described = content_of(copy)
+    assert [worker["nodes"] for worker in described["workers"]] == [["m"], ["s1"]]
+    assert [(spare["node"], spare["state"]) for spare in described["spares"]] == [("s1", "used"), ("s2", "ready")]
+    assert [one["node"] for one in described["excluded"]] == ["n"]
+    assert {"probe-n", "probe-s1", "spare-s1"} <= set(described["steps"])
+
+
+def test_a_healthy_node_gets_the_worker_again_at_once(run: Run, tmp_path: Path) -> None:
+    again = f"if [ -e {tmp_path}/once ]; then {SERVE}; else touch {tmp_path}/once; {READY_AND}; sleep 0.3; exit 137; fi"
+    code, said = run(AGAIN, raise_signal(signal.SIGTERM), 3, spares=("s1",), decode=again)
+    assert code == 143
+    assert "decode-0: ended with exit code 137; start 2 of at most 4 in an hour, at once" in said
+    assert said.count("decode-0: 1 rank on n") == 2
+    assert not (tmp_path / "run" / "excluded.json").exists()
+
+
+def test_without_a_spare_it_goes_on_with_the_others_of_the_role(run: Run, tmp_path: Path) -> None:
+    described: list[dict[str, Any]] = []
+
+    def look() -> None:
+        while not described or not any(worker["given_up"] for worker in described[-1]["workers"]):
+            described.append(content_of(tmp_path / "run" / "deployment.json"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    workers = (PREFILL, DECODE, replace(DECODE, name="decode-1", nodes=("m",)))
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    code, said = run("warning: decode-0", look, 3, workers=workers, probe_script=probe, decode=FAILS_ON_N)
+    assert code == 143, said
+    assert (
+        "warning: decode-0: ended with exit code 137, and isn't started again: no spare node is left for n of" in said
+    )
+    assert "decode-1 of its role still serve" in said
+    assert [worker["given_up"] is not None for worker in described[-1]["workers"]] == [False, True, False]
+
+
+def test_without_a_spare_and_another_of_the_role_it_drains_and_asks_for_a_requeue(run: Run, tmp_path: Path) -> None:
+    code, said = run(max_restarts=3, probe_script=SICK, decode=FAILS_ON_N)
+    assert (code, "no spare node is left for n of decode-0 (V10: GPU 3" in said) == (75, True)
+    assert "ending prefill-0" in said
+    assert content_of(tmp_path / "run" / "excluded.json")["nodes"][0]["node"] == "n"
+
+
+def test_a_node_that_takes_no_step_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_inquiry, "ANSWER_SECONDS", 0.5)
+    probe = f'if [ "$NODE" = n ]; then sleep 60; else {WELL}; fi'
+    began = time.monotonic()
+    code, said = run(AGAIN, raise_signal(signal.SIGTERM), 3, spares=("s1",), probe_script=probe, decode=FAILS_ON_N)
+    assert (code, "n is left out (it takes no step in" in said) == (143, True), said
+    assert time.monotonic() < began + 20
+
+
+def test_a_spare_that_is_bad_itself_is_passed_over(run: Run, tmp_path: Path) -> None:
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    prepare = f'if [ "$NODE" = s1 ]; then {SICK}; exit 0; fi; {WELL}'
+    slow = FAILS_ON_N.replace("sleep 0.3", "sleep 1")
+    code, said = run(
+        AGAIN,
+        raise_signal(signal.SIGTERM),
+        3,
+        spares=("s1", "s2"),
+        probe_script=probe,
+        prepare_script=prepare,
+        decode=slow,
+    )
+    assert code == 143, said
+    assert "warning: the spare node s1 is left out: V10: GPU 3: 2 uncorrected ECC errors" in said
+    assert "s2 takes its place" in said
+    assert [one["node"] for one in content_of(tmp_path / "run" / "excluded.json")["nodes"]] == ["s1", "n"]
+
+
+def test_a_spare_is_taken_before_it_is_ready_and_its_preparation_ended(run: Run, tmp_path: Path) -> None:
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    prepare = f"echo $$ > {tmp_path}/pid; sleep 60"
+    code, said = run(
+        AGAIN,
+        raise_signal(signal.SIGTERM),
+        3,
+        spares=("s1",),
+        probe_script=probe,
+        prepare_script=prepare,
+        decode=FAILS_ON_N,
+    )
+    assert (code, "s1 takes its place" in said) == (143, True), said
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+def test_a_node_that_is_blamed_a_second_time_is_left_out(run: Run) -> None:
+    code, said = run(READY_ON_S1, raise_signal(signal.SIGTERM), 3, spares=("s1",), decode=FAILS_WITH_WORDS)
+    assert code == 143, said
+    assert (
+        "n is left out (2 failures within an hour began there; the last one: was killed by signal 9 (SIGKILL))" in said
+    )
+    assert said.count("decode-0: 1 rank on n") == 2
+    assert said.count("decode-0: 1 rank on s1") == 1
+
+
+def test_three_ends_for_the_same_cause_end_it(run: Run) -> None:
+    code, said = run(max_restarts=9, spares=("s1", "s2"), decode="echo; exit 70")
+    assert (code, "decode-0 ended 3 times with the same cause" in said) == (70, True), said
+    assert "start 4" not in said
+
+
 WITH_FRONTEND = Steps.services.replace('"url": ""', '"url": "http://h:1"')
 
 
@@ -362,7 +525,7 @@ def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
 def test_one_that_had_to_be_cancelled_is_taken_out_while_the_others_drain(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(step_ender, "CANCEL_SECONDS", 0.2)
     deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
     with etcd_with_both() as (url, etcd):
         code, said = run(READY, raise_signal(signal.SIGTERM), services=with_etcd(url), prefill=deaf)
@@ -510,7 +673,7 @@ def test_when_all_workers_have_ended_it_is_done(run: Run) -> None:
 
 
 def test_a_step_that_does_not_end_is_killed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(step_ender, "CANCEL_SECONDS", 0.2)
     monkeypatch.setattr(conductors, "SERVICES_STOP_SECONDS", 0.2)
     deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
     code, said = run("", decode=deaf, prefill="sleep 0.3; exit 3")
@@ -518,7 +681,7 @@ def test_a_step_that_does_not_end_is_killed(run: Run, monkeypatch: pytest.Monkey
 
 
 def test_a_second_signal_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(step_ender, "CANCEL_SECONDS", 0.2)
     slow = f"{SERVE.split(';')[0]}; trap 'sleep 30' TERM; while :; do sleep 0.1; done"
 
     def twice() -> None:

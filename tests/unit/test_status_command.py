@@ -323,6 +323,36 @@ def test_a_run_folder_says_where_and_who_should_be_there(
     assert run("--run-dir", str(folder))[0] == ExitCode.UNAVAILABLE
 
 
+def test_spares_nodes_left_out_and_a_worker_that_was_given_up(board: Board, run: Run, tmp_path: Path) -> None:
+    worker = {"name": "decode-1", "role": "decode", "nodes": ["n4"], "ranks": 2, "launch": "d-decode-1"}
+    lost = {"node": "n4", "reason": "it doesn't answer", "time": time.time(), "worker": "decode-1"}
+    run_dir = describe(
+        tmp_path / "run",
+        workers=[
+            {"name": "decode-0", "role": "decode", "nodes": ["n3"], "ranks": 2, "launch": "d-decode-0", "restarts": 2},
+            {**worker, "given_up": "no spare node is left"},
+        ],
+        spares=[{"node": "n8", "state": "used", "reason": "decode-0"}, {"node": "n9", "state": "ready", "reason": ""}],
+        excluded=[lost],
+        drained=[{"node": "n3", "reason": "Slurm says drain"}],
+        max_restarts=3,
+    )
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("decode", phase="serve", launch="d-decode-0")
+    _, out, _ = run("--run-dir", str(run_dir.path))
+    assert "spare nodes: n8 used (decode-0), n9 ready\n" in out
+    assert "left out: n4 (it doesn't answer); for a next job: --exclude=n4\n" in out
+    assert "warning: n3 is drained: Slurm says drain; dynamo-mpi replace n3 moves its worker\n" in out
+    assert "warning: decode-1 is given up: no spare node is left\n" in out
+    assert any(line.split()[:5] == ["-", "decode-1", "-", "n4", "given"] for line in out.splitlines())
+    found = as_json(run, "--run-dir", str(run_dir.path))
+    # what is left serves, but it isn't what was asked for
+    assert (found["ok"], found["ready"], found["missing"]) == (False, True, [])
+    assert found["excluded"] == [lost]
+    assert (found["restarts"][0], found["max_restarts"]) == ({"name": "decode-0", "count": 2}, 3)
+    run_dir.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "known"),
     [({"time": 10**400}, None), ({"time": True}, None), ({"exit_code": 256}, 1), ({"exit_code": "x"}, 0)],

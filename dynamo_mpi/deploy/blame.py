@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank and which host a worker's failure comes from, by what its ranks, its node agents and its launcher have left. Pure.
+
+A rank that only lost its peer is never blamed: a report that a rank, or a node agent for it, has composed names the first cause; without
+one, the causes in the ranks' failure files are ordered as rank 0 orders them; without any file, the launcher's output names the first death.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.common.errors import MISTAKES, ExitCode
+from dynamo_mpi.common.failure import DetectedBy, Failure, first_line, is_secondary, root_cause
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.deploy.first_death import Death
+
+_CAUSES = {cause.name.lower(): cause for cause in DetectedBy}
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)
+# the preflight, and what comes before it, judges files and flags; the hardware check, GPUs and links
+_HARDWARE = "hardware_check"
+_LOST = DetectedBy.HOST_UNREACHABLE
+
+
+class RankReport(NamedTuple):
+    """One failure file.
+
+    Args:
+        rank: the rank that failed; -1 if it isn't known.
+        host: its host.
+        phase: its phase.
+        cause: how the failure was detected.
+        code: the exit code of all ranks.
+        error: the error, in a line.
+        time: when it was detected, in seconds since 1970.
+        is_composed: whether it is the report of the whole worker, which names the first cause.
+        text: the report's text, if it is composed.
+    """
+
+    rank: int
+    host: str
+    phase: str
+    cause: DetectedBy
+    code: int
+    error: str
+    time: float
+    is_composed: bool = False
+    text: str = ""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> RankReport:
+        """Read a failure file's content.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        cause = _CAUSES.get(str(content["cause"]), DetectedBy.REPORT)
+        text = content.get("report")
+        return cls(
+            int(content["rank"]),
+            str(content["host"]),
+            str(content["phase"]),
+            cause,
+            int(content["exit_code"]),
+            first_line(str(content["error"])),
+            float(content["time"]),
+            text is not None,
+            str(text or ""),
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a worker's end.
+
+    Args:
+        code: its launcher's exit code.
+        nodes: its nodes, in the order of their blocks of ranks.
+        reports: its failure files.
+        death: how the first rank ended according to the launcher's output; None if it names none.
+        phase: the worker's phase, if no report has one.
+        lost: nodes that are known to be lost.
+    """
+
+    code: int
+    nodes: tuple[str, ...]
+    reports: tuple[RankReport, ...] = ()
+    death: Death | None = None
+    phase: str = ""
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The first cause of a worker's end.
+
+    Args:
+        code: the worker's exit code.
+        rank: the rank; -1 if it isn't known.
+        host: the node; empty if it isn't known.
+        phase: the phase; empty if it isn't known.
+        cause: a text that is the same for the same cause in another start: without numbers and hosts.
+        error: the error, in a line.
+        suspects: nodes that a report names as lost, or unfit in the hardware check.
+        is_mistake: whether another start would end the same way, wherever it runs.
+    """
+
+    code: int
+    rank: int = -1
+    host: str = ""
+    phase: str = ""
+    cause: str = ""
+    error: str = ""
+    suspects: tuple[str, ...] = ()
+    is_mistake: bool = False
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank}" if self.rank >= 0 else "a rank"
+        where = f" on {self.host}" if self.host else ""
+        phase = f" in {self.phase}" if self.phase else ""
+        return f"{who}{where}{phase}: {self.error}" if self.error else f"{who}{where}{phase}"
+
+
+def blame(evidence: Evidence) -> Blame:
+    """Find the first cause of a worker's end."""
+    if evidence.lost:
+        host = evidence.lost[0]
+        error = f"{', '.join(evidence.lost)} is lost"
+        rank_reports = [report for report in evidence.reports if report.host in evidence.lost]
+        phase = rank_reports[0].phase if rank_reports else _phase_of(evidence)
+        return Blame(evidence.code, -1, _node(host, evidence.nodes), phase, "host lost", error, evidence.lost)
+    report = _first(evidence.reports)
+    if report is None:
+        return _of_launcher(evidence)
+    code = report.code if evidence.code not in MISTAKES and report.code in MISTAKES else evidence.code
+    host = _node(report.host, evidence.nodes)
+    lost = [_node(each.host, evidence.nodes) for each in evidence.reports if each.cause is _LOST]
+    named = _named(report.text or report.error, evidence.nodes) if report.phase == _HARDWARE else []
+    death = evidence.death
+    is_bare = report.cause is DetectedBy.DISCONNECT and death is not None and report.rank in death.ranks
+    error = _how(death) if is_bare and death is not None else report.error
+    return Blame(
+        code,
+        report.rank,
+        host if not named else named[0],
+        report.phase,
+        _cause(report.cause, error, evidence.nodes),
+        error,
+        tuple(dict.fromkeys(node for node in (*lost, *named) if node)),
+        code in MISTAKES and report.phase != _HARDWARE,
+    )
+
+
+def _first(reports: Sequence[RankReport]) -> RankReport | None:
+    """Return the report of the first cause."""
+    ordered = sorted(reports, key=lambda report: report.time)
+    # hosts that are cut off from each other write a report each, and each calls the other one lost: rank 0's side knows more, and is not
+    # the rank that can't reach rank 0
+    composed = [report for report in ordered if report.is_composed]
+    if composed:
+        return next((report for report in composed if report.cause is not DetectedBy.SIGNAL), composed[0])
+    own = [report for report in ordered if report.code != ExitCode.TEMPORARY or not is_secondary(report.error)]
+    chosen = own or ordered
+    if not chosen:
+        return None
+    failures = [Failure(each.rank, each.code, each.error, each.cause, each.phase, each.time) for each in chosen]
+    return chosen[failures.index(root_cause(failures))]
+
+
+def _of_launcher(evidence: Evidence) -> Blame:
+    death, code = evidence.death, evidence.code
+    is_mistake = code in MISTAKES
+    if death is None:
+        return Blame(code, phase=evidence.phase, cause=f"exit code {code}", is_mistake=is_mistake)
+    error = _how(death)
+    host = _node(death.host, evidence.nodes)
+    is_lost = "lost with its" in death.how
+    return Blame(
+        code,
+        death.ranks[0] if len(death.ranks) == 1 else -1,
+        # a launcher that had begun to end the ranks may name one of those
+        host if death.is_sure else "",
+        evidence.phase,
+        "host lost" if is_lost else _cause(DetectedBy.DISCONNECT, error, evidence.nodes),
+        error,
+        (host,) if is_lost and host else (),
+        is_mistake,
+    )
+
+
+def _how(death: Death) -> str:
+    """Return what a launcher says of a death, without its rank and its host."""
+    text = str(death)
+    return text.partition(f" on {death.host} ")[2] or text if death.host else text
+
+
+def _phase_of(evidence: Evidence) -> str:
+    report = _first(evidence.reports)
+    return evidence.phase if report is None else report.phase
+
+
+def _cause(detected: DetectedBy, error: str, nodes: Sequence[str]) -> str:
+    text = error
+    for node in nodes:
+        text = re.sub(_word(node), "HOST", text)
+    return f"{detected.name.lower()}: {_NUMBERS.sub('#', text)}"
+
+
+def _word(node: str) -> str:
+    """Return the pattern of a node's name, not as a part of another word."""
+    return rf"(?<![\w.-]){re.escape(node)}(?![\w-])"
+
+
+def _node(host: str, nodes: Sequence[str]) -> str:
+    """Return the node that a host's name means: a host may call itself by a longer or shorter name than Slurm or the hostfile does."""
+    if host in nodes:
+        return host
+    short = host.partition(".")[0]
+    return next((node for node in nodes if node.rpartition("@")[2].partition(".")[0] == short and short), "")
+
+
+def _named(text: str, nodes: Sequence[str]) -> list[str]:
+    """Return the nodes that a text names, in the text's order."""
+    found = [(match.start(), node) for node in nodes if (match := re.search(_word(node), text))]
+    return [node for _, node in sorted(found)]

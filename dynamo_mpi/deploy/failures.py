@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers workers' failures: has their nodes asked, decides, and keeps what follows: where each worker is, which nodes are left out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.deploy.excluded import ExcludedNode, exclude
+from dynamo_mpi.deploy.recovery import (
+    Degrade,
+    FailureEvent,
+    MoveToSpare,
+    Situation,
+    Stop,
+    decide,
+    restarts_in_window,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.deploy.blame import Blame
+    from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
+    from dynamo_mpi.deploy.nodes import Placement, Worker
+    from dynamo_mpi.deploy.recovery import Action, NodeHealth
+    from dynamo_mpi.deploy.run_dir import RunDir
+    from dynamo_mpi.deploy.spares import SparePool
+
+# of the history: an hour of failures in a row
+_MOST_EVENTS = 1000
+
+
+class FailureHandler:
+    """Decides what follows each failure. Use it from the main thread.
+
+    Args:
+        placement: where the workers begin.
+        max_restarts: starts of one worker in an hour after its first.
+        spares: the spare nodes.
+        prober: asks nodes.
+        run_dir: gets ``excluded.json``.
+        excluded: nodes that an earlier start of the job has left out.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        max_restarts: int,
+        spares: SparePool,
+        prober: NodeProber,
+        run_dir: RunDir,
+        excluded: Sequence[ExcludedNode] = (),
+    ) -> None:
+        self._workers = {worker.name: worker for worker in placement.workers}
+        self._head, self.max_restarts, self.spares, self.prober = placement.head, max_restarts, spares, prober
+        self._run_dir = run_dir
+        self._excluded = list(excluded)
+        self._events: list[FailureEvent] = []
+        self._inquiries: dict[str, tuple[FailureEvent, Inquiry | None]] = {}
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The workers, each with the nodes that it has now."""
+        return tuple(self._workers.values())
+
+    @property
+    def excluded(self) -> tuple[ExcludedNode, ...]:
+        """Nodes that are left out for the rest of the job."""
+        return tuple(self._excluded)
+
+    def lost_nodes(self, worker: Worker) -> dict[str, str]:
+        """Return those of a worker's nodes that are known to be lost, and why."""
+        lost = self.prober.lost
+        return {node: lost[node] for node in worker.nodes if node in lost}
+
+    def failed(self, worker: Worker, found: Blame, served: float, environment: Mapping[str, str]) -> None:
+        """Take a failure, and begin to ask the worker's nodes, and a spare.
+
+        Args:
+            worker: the worker.
+            found: the first cause.
+            served: how long this start has served, in seconds.
+            environment: the environment of the probes.
+        """
+        event = FailureEvent(
+            worker.name,
+            time.monotonic(),
+            found.code,
+            found.phase,
+            found.cause,
+            found.host,
+            served,
+            found.is_mistake,
+            error=found.error,
+        )
+        self._events = [*self._events[-_MOST_EVENTS:], event]
+        spares = self.spares.available
+        # where no start may follow, there is nothing to find out
+        has_choice = not found.is_mistake and (self.max_restarts or spares)
+        nodes = (*worker.nodes, *spares[: len(worker.nodes)])
+        self._inquiries[worker.name] = (event, self.prober.begin(nodes, environment) if has_choice else None)
+
+    def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
+        """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.
+
+        Args:
+            worker: the worker.
+            others: other workers of its role that serve, or will.
+        """
+        if worker.name not in self._inquiries:
+            return None
+        event, inquiry = self._inquiries[worker.name]
+        health = () if inquiry is None else inquiry.poll()
+        if health is None:
+            return None
+        del self._inquiries[worker.name]
+        self._leave_out_spares(health)
+        before = tuple(other for other in self._events if other is not event)
+        spares = self.spares.available
+        case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self._head, tuple(others))
+        action = decide(case)
+        is_moved = isinstance(action, MoveToSpare) and action.is_forced
+        self._events = [*before, replace(event, is_moved=is_moved)]
+        if isinstance(action, MoveToSpare):
+            self.move(worker, action)
+        elif isinstance(action, Degrade | Stop):
+            self.leave_out(action.reasons, worker.name)
+        return action
+
+    def move(self, worker: Worker, action: MoveToSpare) -> None:
+        """Give a worker spares in the places of nodes, which are left out from then on."""
+        for _, spare in action.moves:
+            self.spares.take(spare, worker.name)
+        self._workers[worker.name] = worker.moved(action.moves)
+        self.leave_out(action.reasons, worker.name)
+
+    def leave_out(self, reasons: Mapping[str, str], worker: str = "") -> None:
+        """Leave nodes out for the rest of the job."""
+        known = {each.node for each in self._excluded}
+        new = [exclude(node, reason, worker) for node, reason in reasons.items() if node not in known]
+        if new:
+            self._excluded += new
+            self._run_dir.write_excluded(self._excluded)
+
+    def restarts(self, worker: str) -> int:
+        """Return how often a worker has failed within the last hour, moves from bad nodes not counted."""
+        return restarts_in_window(self._events, worker)
+
+    def is_open(self, worker: str) -> bool:
+        """Return whether it isn't decided yet what follows a worker's failure."""
+        return worker in self._inquiries
+
+    def close(self) -> None:
+        """End all probes."""
+        for _, inquiry in self._inquiries.values():
+            if inquiry is not None:
+                inquiry.close()
+        self._inquiries.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `deployment.json` says about nodes, as plain data."""
+        drained = self.prober.drained
+        return {
+            "spares": self.spares.describe(),
+            "excluded": [
+                {"node": each.node, "reason": each.reason, "time": each.time, "worker": each.worker}
+                for each in self._excluded
+            ],
+            "drained": [{"node": node, "reason": reason} for node, reason in drained.items()],
+        }
+
+    def _leave_out_spares(self, health: Sequence[NodeHealth]) -> None:
+        bad = {each.node: each.problem for each in health if each.problem}
+        for node in self.spares.available:
+            if node in bad:
+                self.spares.fail(node, bad[node])

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes as Slurm sees them (``scontrol show node``, ``scontrol show topology``), and whether they answer. Pure, but for `ask_slurm_about`
+and `answers`.
+
+Slurm calls a node down only after SlurmdTimeout, 300 s by default. That it doesn't answer is seen before: by a TCP connection to its slurmd,
+as srun makes one. A refused connection is an answer: slurmd may be restarted while the steps run on.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import subprocess
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_SCONTROL_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
+# slurm.conf(5): SlurmdPort
+DEFAULT_PORT = 6818
+# scontrol(1), "NODES - SHOW COMMAND": base states and flags; the rest is a node that can run a step
+_LOST = frozenset({"DOWN", "ERROR", "FAIL", "FAILING", "NOT_RESPONDING", "NO_RESPOND", "POWERED_DOWN", "POWERING_DOWN"})
+_DRAINED = frozenset({"DRAIN", "DRAINED", "DRAINING"})
+_FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
+_REASON = re.compile(r"\sReason=(.*?)(?: \[[^\]]*\])?$")
+_GROUP = re.compile(r"(?:SwitchName|BlockName)=\S+.*?\sNodes=(\S+)")
+# the host, or a router before it, has answered, but slurmd hasn't
+_SILENT = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN})
+
+
+class SlurmNode(NamedTuple):
+    """A node, according to Slurm.
+
+    Args:
+        name: its name.
+        states: its state and flags, such as ``ALLOCATED`` and ``DRAIN``.
+        reason: why an administrator, or Slurm, has taken it out; empty for none.
+        address: where its slurmd listens.
+        port: the port.
+    """
+
+    name: str
+    states: frozenset[str]
+    reason: str = ""
+    address: str = ""
+    port: int = DEFAULT_PORT
+
+    @property
+    def lost(self) -> str:
+        """Why Slurm doesn't count on it; empty if it does."""
+        found = sorted(self.states & _LOST)
+        return f"Slurm says {'+'.join(found).lower()}{self._why}" if found else ""
+
+    @property
+    def drained(self) -> str:
+        """Why it is to get no further jobs; empty if it may."""
+        found = sorted(self.states & _DRAINED)
+        return f"Slurm says {'+'.join(found).lower()}{self._why}" if found else ""
+
+    @property
+    def _why(self) -> str:
+        return f" ({self.reason})" if self.reason else ""
+
+
+def parse_nodes(text: str, port: int = DEFAULT_PORT) -> dict[str, SlurmNode]:
+    """Read ``scontrol --oneliner show node``.
+
+    Args:
+        text: its output.
+        port: SlurmdPort, which a node's line has only where it is another one.
+    """
+    nodes = {}
+    for line in text.splitlines():
+        fields = dict(_FIELD.findall(line))
+        if name := fields.get("NodeName"):
+            states = frozenset(filter(None, re.split(r"[+*~#!%$@^-]", _marked(fields.get("State", "")))))
+            reason = _REASON.search(line)
+            own = fields.get("Port", "")
+            number = int(own) if own.isdecimal() and 0 < int(own) < 65536 else port
+            nodes[name] = SlurmNode(
+                name, states, reason[1].strip() if reason else "", fields.get("NodeAddr") or name, number
+            )
+    return nodes
+
+
+def _marked(state: str) -> str:
+    """Spell the flag that is written as a star: the node doesn't respond."""
+    return f"{state}+NOT_RESPONDING" if "*" in state else state
+
+
+def ask_slurm_about(nodes: Sequence[str], environ: Mapping[str, str] | None = None) -> dict[str, SlurmNode] | None:
+    """Ask Slurm for its view of nodes; None if it doesn't answer in some seconds."""
+    text = _scontrol("--oneliner", "show", "node", ",".join(nodes), environ=environ)
+    return None if text is None else parse_nodes(text, slurmd_port(environ))
+
+
+_ports: dict[str, int] = {}
+
+
+def slurmd_port(environ: Mapping[str, str] | None = None) -> int:
+    """Return SlurmdPort of the cluster's configuration, asked for once."""
+    if "port" not in _ports:
+        text = _scontrol("show", "config", environ=environ) or ""
+        found = re.search(r"^SlurmdPort\s*=\s*(\d+)", text, re.MULTILINE)
+        if not text:
+            return DEFAULT_PORT
+        _ports["port"] = int(found[1]) if found else DEFAULT_PORT
+    return _ports["port"]
+
+
+def neighbours(text: str, node: str) -> list[frozenset[str]]:
+    """Return the groups of nodes of one switch or block that have a node, the smallest first.
+
+    Args:
+        text: output of ``scontrol show topology`` for the node, with its lists of nodes expanded by `deploy.hostlist`.
+        node: the node.
+    """
+    from dynamo_mpi.common.errors import UsageError
+    from dynamo_mpi.deploy.hostlist import expand
+
+    groups = []
+    for written in _GROUP.findall(text):
+        try:
+            members = frozenset(expand(written, "scontrol show topology"))
+        except UsageError:
+            continue
+        if node in members:
+            groups.append(members)
+    return sorted(groups, key=len)
+
+
+def nearest(candidates: Sequence[str], groups: Sequence[frozenset[str]]) -> list[str]:
+    """Return candidates in the order of their distance from a node: those of its smallest group first.
+
+    Args:
+        candidates: their names, the preferred ones first where the distance is the same.
+        groups: the node's, see `neighbours`.
+    """
+
+    def distance(candidate: str) -> int:
+        return next((place for place, members in enumerate(groups) if candidate in members), len(groups))
+
+    return sorted(candidates, key=distance)
+
+
+def topology_of(node: str, environ: Mapping[str, str] | None = None) -> list[frozenset[str]]:
+    """Ask Slurm which nodes are near a node; empty where the cluster has no topology."""
+    return neighbours(_scontrol("show", "topology", node, environ=environ) or "", node)
+
+
+def answers(address: str, port: int, seconds: float = CONNECT_SECONDS) -> bool | None:
+    """Return whether a node's host answers; None if that can't be found out from here."""
+    try:
+        with socket.create_connection((address, port), timeout=seconds):
+            return True
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        return False
+    except OSError as error:
+        return False if error.errno in _SILENT else None
+
+
+def _scontrol(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
+    try:
+        done = subprocess.run(
+            ("scontrol", *words),
+            capture_output=True,
+            text=True,
+            timeout=_SCONTROL_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out, after a worker's failure, whether its nodes can run it again; without waiting, so that the others are watched meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from dynamo_mpi.checks.node_probe import HERE, read_result
+from dynamo_mpi.deploy.recovery import NodeHealth
+from dynamo_mpi.deploy.steps import Step, StepController, start
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.deploy.node_watch import NodeWatch
+    from dynamo_mpi.deploy.run_dir import RunDir
+    from dynamo_mpi.deploy.step_commands import Command
+
+# a launcher's start on a busy node; a node that is lost takes no step at all
+ANSWER_SECONDS = 10.0
+# of a node whose host answers, but which takes no step: the controller may be busy
+STEP_SECONDS = 30.0
+# the probe waits up to 30 s for the GPUs' memory
+RESULT_SECONDS = 60.0
+
+
+class ProbeBuilder(Protocol):
+    """Builds the command that probes a node."""
+
+    def probe(self, node: str) -> Command | None:
+        """Return the command; None if the node needs none."""
+
+
+class NodeProber:
+    """Begins inquiries.
+
+    Args:
+        builder: builds the probes' commands.
+        step_controller: ends a probe that hangs.
+        run_dir: the deployment's folder.
+        watch: what is known of the nodes anyway; None if they aren't watched.
+    """
+
+    def __init__(
+        self, builder: ProbeBuilder, step_controller: StepController, run_dir: RunDir, watch: NodeWatch | None = None
+    ) -> None:
+        self._builder, self._step_controller, self._run_dir, self.watch = builder, step_controller, run_dir, watch
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """Nodes that are known to be lost, and why."""
+        return self.watch.lost if self.watch is not None else {}
+
+    @property
+    def drained(self) -> Mapping[str, str]:
+        """Nodes that an administrator drains."""
+        return self.watch.drained if self.watch is not None else {}
+
+    def begin(self, nodes: Sequence[str], environment: Mapping[str, str]) -> Inquiry:
+        """Begin to probe nodes. Call it from the main thread."""
+        known, steps = dict(self.lost), {}
+        for node in nodes:
+            command = None if node in known else self._builder.probe(node)
+            if command is not None:
+                steps[node] = start(command, environment, self._run_dir.log(command.name))
+        return Inquiry(self, tuple(nodes), steps)
+
+    def is_silent(self, node: str) -> bool:
+        """Return whether a node's host doesn't answer, as far as that is known: where nodes aren't watched, only the probe can tell."""
+        return self.watch is None or self.watch.is_silent(node)
+
+    def end(self, step: Step) -> None:
+        """End a probe."""
+        if step.child.exit_code() is None:
+            with contextlib.suppress(OSError):
+                self._step_controller.cancel([step])
+        step.child.kill()
+
+
+class Inquiry:
+    """The probes of some nodes.
+
+    Args:
+        prober: knows what is known of the nodes anyway.
+        nodes: their names.
+        steps: by node, the probe's step; nodes without one are known to be lost, or need none.
+    """
+
+    def __init__(self, prober: NodeProber, nodes: tuple[str, ...], steps: dict[str, Step]) -> None:
+        self._prober, self._nodes, self._steps = prober, nodes, steps
+        self._began = time.monotonic()
+        self._problems: dict[str, str] = {}
+
+    def poll(self) -> tuple[NodeHealth, ...] | None:
+        """Return the nodes' health; None while it isn't known."""
+        lost = self._prober.lost
+        for node, step in list(self._steps.items()):
+            problem = lost.get(node) or self._result(node, step)
+            if problem is not None:
+                self._prober.end(step)
+                del self._steps[node]
+                self._problems[node] = problem
+        if self._steps:
+            return None
+        drained = self._prober.drained
+        return tuple(
+            NodeHealth(node, self._problems.get(node) or lost.get(node, ""), drained.get(node, ""))
+            for node in self._nodes
+        )
+
+    def close(self) -> None:
+        """End the probes."""
+        for step in self._steps.values():
+            self._prober.end(step)
+        self._steps.clear()
+
+    def _result(self, node: str, step: Step) -> str | None:
+        """Return a node's problem, or an empty text; None while it isn't known."""
+        seconds = time.monotonic() - self._began
+        code, output = step.child.exit_code(), step.child.output()
+        problems = read_result(output)
+        if problems is not None:
+            return "; ".join(problems)
+        if code is not None:
+            if HERE not in output and not self._prober.is_silent(node):
+                return ""  # the launcher could not start it, and the host answers: that is no fault of the node's
+            words = [line.strip() for line in output.splitlines() if line.strip() and HERE not in line]
+            return f"a probe ended there with exit code {code}" + (f": {words[-1][:200]}" if words else "")
+        if HERE in output:
+            return f"a probe doesn't end there in {seconds:.0f} s" if seconds > RESULT_SECONDS else None
+        limit = ANSWER_SECONDS if self._prober.is_silent(node) else STEP_SECONDS
+        return f"it takes no step in {seconds:.0f} s" if seconds > limit else None

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spare nodes: made ready in the background while the deployment runs, so that a worker's start there takes no longer than in place.
+
+Each spare gets steps of its own, one after the other: the hardware check, which in a container also unpacks the image there. A spare that
+fails one is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dynamo_mpi.checks.node_probe import read_result
+from dynamo_mpi.deploy.steps import Step, StepController, start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dynamo_mpi.deploy.run_dir import RunDir
+    from dynamo_mpi.deploy.step_commands import Command
+
+PREPARING, READY, USED, FAILED = "preparing", "ready", "used", "failed"
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A spare node.
+
+    Args:
+        node: its name.
+        state: ``preparing``, ``ready``, ``used`` by a worker, or ``failed``.
+        reason: the worker that uses it, or why it failed.
+    """
+
+    node: str
+    state: str = PREPARING
+    reason: str = ""
+
+
+class SpareBuilder(Protocol):
+    """Builds the commands that make a spare ready."""
+
+    def prepare(self, node: str) -> Sequence[Command]: ...
+
+
+class SparePool:
+    """The spare nodes of one deployment. Use it from the main thread.
+
+    Args:
+        nodes: their names, in the order in which they are used.
+        builder: builds their commands.
+        step_controller: ends a step that a worker's start overtakes.
+        run_dir: the deployment's folder.
+        failed: called with a spare's name and the reason when it fails.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[str],
+        builder: SpareBuilder,
+        step_controller: StepController,
+        run_dir: RunDir,
+        failed: Callable[[str, str], None],
+    ) -> None:
+        self._spares = {node: Spare(node) for node in nodes}
+        self._builder, self._step_controller, self._run_dir, self._failed = builder, step_controller, run_dir, failed
+        self._environment: Mapping[str, str] = {}
+        self._left: dict[str, list[Command]] = {}
+        self._running: dict[str, Step] = {}
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Begin to make them ready."""
+        self._environment = environment
+        self._left = {node: list(self._builder.prepare(node)) for node in self._spares}
+        self.poll()
+
+    def poll(self) -> None:
+        """Look at the steps, and start the next ones."""
+        for spare in list(self._spares.values()):
+            if spare.state == PREPARING:
+                self._poll(spare.node)
+
+    def _poll(self, node: str) -> None:
+        step = self._running.get(node)
+        if step is not None:
+            if (code := step.child.exit_code()) is None:
+                return
+            del self._running[node]
+            step.child.kill()
+            if reason := _failure(step, code):
+                self.fail(node, reason)
+                return
+        if self._left.get(node):
+            command = self._left[node].pop(0)
+            self._running[node] = start(command, self._environment, self._run_dir.log(command.name))
+        else:
+            self._set(node, READY)
+
+    @property
+    def spares(self) -> tuple[Spare, ...]:
+        """All of them, also those that are used or have failed."""
+        return tuple(self._spares.values())
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Names of those that a worker can get: the ready ones first; a worker's own start makes ready what isn't yet."""
+        found = [spare for spare in self._spares.values() if spare.state in (READY, PREPARING)]
+        return tuple(spare.node for spare in sorted(found, key=lambda spare: spare.state != READY))
+
+    @property
+    def steps(self) -> list[Step]:
+        """The running steps."""
+        return list(self._running.values())
+
+    def take(self, node: str, worker: str) -> None:
+        """Give a spare to a worker."""
+        self._end(node)
+        self._set(node, USED, worker)
+
+    def fail(self, node: str, reason: str) -> None:
+        """Leave a spare out."""
+        self._end(node)
+        self._set(node, FAILED, reason)
+        self._failed(node, reason)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for node in list(self._running):
+            self._end(node)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return their states as plain data."""
+        return [asdict(spare) for spare in self._spares.values()]
+
+    def _set(self, node: str, state: str, reason: str = "") -> None:
+        self._spares[node] = replace(self._spares[node], state=state, reason=reason)
+
+    def _end(self, node: str) -> None:
+        self._left.pop(node, None)
+        if (step := self._running.pop(node, None)) is not None:
+            with contextlib.suppress(OSError):
+                self._step_controller.cancel([step])
+            step.child.kill()
+
+
+def _failure(step: Step, code: int) -> str:
+    """Return why a spare can't be used, by a step's end; empty if it can."""
+    output = step.child.output()
+    problems = read_result(output)
+    if problems:
+        return problems[0]
+    if not code:
+        return ""
+    words = [line for line in output.splitlines() if line.strip()]
+    return f"{step.name} ended with exit code {code}" + (f": {words[-1].strip()[:200]}" if words else "")

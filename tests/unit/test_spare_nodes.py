@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spare nodes: which nodes are spares, what Slurm says about nodes, what a probe finds, and what is written of those left out."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.checks.gpu_facts import GpuFacts
+from dynamo_mpi.checks.gpu_health import GpuHealth, no_health
+from dynamo_mpi.checks.node_probe import HERE, problems_of, read_result, result, wait_for_memory
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.deploy.excluded import describe_excluded, exclude, excluded_before
+from dynamo_mpi.deploy.node_health import answers, nearest, neighbours, parse_nodes
+from dynamo_mpi.deploy.node_watch import SILENT_SECONDS, NodeWatch
+from dynamo_mpi.deploy.nodes import Nodes, assign
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.settings import RESTARTS_WITH_SPARES, LaunchSettings, read_settings
+from tests.servers import closed_port
+
+
+def settings(**given: str) -> LaunchSettings:
+    engines = {"prefill_engine_config": "e", "decode_engine_config": "e"}
+    return read_settings({"model": "m", "launcher": "slurm", **engines, **given}, (), {})
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "head", "excluded", "workers", "spares"),
+    [
+        ({}, "n1 n2 n3", "n1", (), ["n1", "n2"], []),
+        ({"spare_nodes": "1"}, "n1 n2 n3", "n1", (), ["n1", "n2"], ["n3"]),
+        ({"spare_nodes": "2"}, "n1 n2 n3 n4 n5", "n1", (), ["n1", "n2"], ["n3", "n4"]),
+        # the head node never is one
+        ({"spare_nodes": "1"}, "n1 n2 n3", "n3", (), ["n1", "n3"], ["n2"]),
+        # what the job left out before counts as a spare that is missing
+        ({"spare_nodes": "1"}, "n1 n2 n3", "n1", ("n2",), ["n1", "n3"], []),
+        ({"spare_nodes": "2"}, "n1 n2 n3 n4", "n1", ("n2",), ["n1", "n3"], ["n4"]),
+    ],
+)
+def test_the_last_nodes_are_spares(
+    given: dict[str, str], names: str, head: str, excluded: tuple[str, ...], workers: list[str], spares: list[str]
+) -> None:
+    found = assign(settings(**given), Nodes(tuple(names.split()), head, "12"), excluded)
+    assert [node for worker in found.workers for node in worker.nodes] == workers
+    assert list(found.spares) == spares
+
+
+def test_too_few_nodes_for_the_spares_are_refused() -> None:
+    with pytest.raises(UsageError) as refused:
+        assign(settings(spare_nodes="2"), Nodes(("n1", "n2", "n3"), "n1", "12"))
+    assert "1 decode worker x 1 node, 2 spare nodes: that takes 4 nodes, and job 12 has 3 (n1, n2, n3)" in str(
+        refused.value
+    )
+    with pytest.raises(UsageError, match=r"has 1 \(n2\), without the excluded n1"):
+        assign(settings(spare_nodes="1"), Nodes(("n1", "n2"), "n1", "12"), ("n1",))
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [({}, 0), ({"spare_nodes": "1"}, RESTARTS_WITH_SPARES), ({"spare_nodes": "1", "max_restarts": "0"}, 0)],
+)
+def test_spares_bring_restarts_along(given: dict[str, str], most: int) -> None:
+    assert (settings(**given).max_restarts, settings(**given).no_kill) == (most, "spare_nodes" in given)
+
+
+# scontrol of Slurm 22.05, shortened
+NODES = """\
+NodeName=n1 Arch=x86_64 CoresPerSocket=1 NodeAddr=10.0.0.1 NodeHostName=n1 Port=7001 Version=22.05.8 State=ALLOCATED ThreadsPerCore=1
+NodeName=n2 Arch=x86_64 NodeAddr=10.0.0.2 NodeHostName=n2 State=ALLOCATED+DRAIN ThreadsPerCore=1 Reason=fan is loud [root@2026-11-30T23:00:00]
+NodeName=n3 NodeAddr=10.0.0.3 NodeHostName=n3 State=DOWN*+DRAIN ThreadsPerCore=1 Reason=Not responding [slurm@2026-11-30T23:00:00]
+NodeName=n4 NodeAddr=10.0.0.4 NodeHostName=n4 State=MIXED+NOT_RESPONDING ThreadsPerCore=1
+NodeName=n5 NodeAddr=10.0.0.5 NodeHostName=n5 State=ALLOCATED* ThreadsPerCore=1
+"""
+
+
+def test_what_slurm_says_about_nodes() -> None:
+    nodes = parse_nodes(NODES)
+    assert {name: node.lost for name, node in nodes.items()} == {
+        "n1": "",
+        "n2": "",
+        "n3": "Slurm says down+not_responding (Not responding)",
+        "n4": "Slurm says not_responding",
+        "n5": "Slurm says not_responding",
+    }
+    assert {name for name, node in nodes.items() if node.drained} == {"n2", "n3"}
+    assert nodes["n2"].drained == "Slurm says drain (fan is loud)"
+    assert (nodes["n1"].address, nodes["n1"].port, nodes["n2"].port) == ("10.0.0.1", 7001, 6818)
+    assert parse_nodes("slurm_load_node error: Invalid node name specified") == {}
+
+
+TOPOLOGY = """\
+SwitchName=s0 Level=0 LinkSpeed=1 Nodes=n[1-4]
+SwitchName=root Level=1 LinkSpeed=1 Nodes=n[1-8] Switches=s[0-1]
+"""
+
+
+def test_a_spare_of_the_same_switch_comes_first() -> None:
+    groups = neighbours(TOPOLOGY, "n3")
+    assert [len(group) for group in groups] == [4, 8]
+    assert nearest(["n8", "far", "n4", "n7"], groups) == ["n4", "n8", "n7", "far"]
+    blocks = neighbours("BlockName=b1 BlockIndex=0 Nodes=n[1-2] BlockSize=2\n", "n1")
+    assert nearest(["n9", "n2"], blocks) == ["n2", "n9"]
+    assert nearest(["n9", "n2"], neighbours("", "n1")) == ["n9", "n2"]
+
+
+def test_a_host_that_refuses_a_connection_is_alive() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert answers("127.0.0.1", server.getsockname()[1]) is True
+    with closed_port() as port:
+        assert answers("127.0.0.1", port) is True
+    assert answers("no.such.host.invalid", 1) is None
+
+
+def test_a_watch_calls_nodes_lost_unless_none_answers() -> None:
+    watch = NodeWatch(("n1", "n2"))
+    watch._seen = {name: node for name, node in parse_nodes(NODES).items() if name in ("n1", "n2")}
+    watch._silent_since = {"n2": float("-inf")}
+    assert list(watch.lost) == ["n2"]
+    assert watch.is_silent("n2")
+    assert watch.drained == {"n2": "Slurm says drain (fan is loud)"}
+    # it is this host that is cut off
+    watch._silent_since["n1"] = float("-inf")
+    assert watch.lost == {}
+    assert SILENT_SECONDS < 10
+
+
+GIB = 2**30
+
+
+def gpu(used: int = 0, **health: int) -> GpuHealth:
+    facts = GpuFacts(
+        0, "GPU-1", "NVIDIA H100 80GB HBM3", 90, 80 * GIB, 80 * GIB - used, used, ((71, used),) * bool(used)
+    )
+    return GpuHealth(facts, **health)  # type: ignore[arg-type] # numbers
+
+
+@pytest.mark.parametrize(
+    ("gpus", "problems"),
+    [
+        ([], []),
+        ([gpu()], []),
+        ([gpu(slow_reasons=0x8)], []),
+        ([gpu(used=40 * GIB)], ["GPU 0 has 40.0 GiB in use 31 s after its worker ended: pid 71 holds 40.0 GiB"]),
+        ([gpu(uncorrected=2)], ["V10: GPU 0: 2 uncorrected ECC errors"]),
+        ([gpu(recovery_action=2)], ["V9: GPU 0: the driver wants a reboot of the node"]),
+        ([no_health("GPU is lost")], ["V15: GPU is lost"]),
+    ],
+)
+def test_what_a_probe_calls_a_problem(gpus: list[GpuHealth], problems: list[str]) -> None:
+    assert problems_of("n3", gpus, 31.0) == problems
+    output = f"0: {HERE}\n0: {result(problems)}\nsrun: a line after it\n"
+    assert read_result(output) == problems
+
+
+@pytest.mark.parametrize("output", ["", HERE, "dynamo_mpi node probe: {", 'dynamo_mpi node probe: {"other": 1}'])
+def test_a_probe_without_a_result(output: str) -> None:
+    assert read_result(output) is None
+
+
+def test_memory_that_is_given_back_is_waited_for() -> None:
+    answers_in_turn = [[gpu(used=40 * GIB)], [gpu(used=40 * GIB)], [gpu()]]
+    waited: list[float] = []
+    assert wait_for_memory(60, lambda: answers_in_turn.pop(0), waited.append) == [gpu()]
+    assert len(waited) == 2
+    held = [gpu(used=40 * GIB)]
+    assert wait_for_memory(0, lambda: held, waited.append) == held
+
+
+def test_excluded_nodes_stay_for_their_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    path = tmp_path / "run"
+    assert excluded_before(path, "12") == ()
+    first = RunDir(path)
+    first.write_excluded([exclude("n3", "it doesn't answer", "decode-0"), exclude("n9", "V10")])
+    first.close()
+    left = excluded_before(path, "12")
+    assert [(each.node, each.worker) for each in left] == [("n3", "decode-0"), ("n9", "")]
+    assert describe_excluded(left) == "left out: n3 (it doesn't answer); n9 (V10); for a next job: --exclude=n3,n9"
+    assert describe_excluded(()) == ""
+    assert excluded_before(path, "13") == ()
+    RunDir(path).close()
+    assert (path / "excluded.json").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    RunDir(path).close()
+    assert not (path / "excluded.json").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"job_id": "12", "nodes": [{"reason": "x"}, 3]}', '{"job_id": "12"}'])
+def test_an_excluded_file_that_makes_no_sense_excludes_nothing(tmp_path: Path, content: str) -> None:
+    RunDir(tmp_path / "run").close()
+    (tmp_path / "run" / "excluded.json").write_text(content)
+    assert excluded_before(tmp_path / "run", "12") == ()
