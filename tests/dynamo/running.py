@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -334,14 +335,18 @@ def system_port() -> int:
 
 @contextmanager
 def running_frontend(
-    folder: Path, etcd: EtcdServer, request_plane: str = "tcp", **variables: str
+    folder: Path, etcd: EtcdServer, request_plane: str = "tcp", *, hidden: Sequence[Path] = (), **variables: str
 ) -> Iterator[Frontend]:
-    """Run the real frontend on loopback."""
+    """Run the real frontend on loopback; as on another host, it doesn't see what is in the ``hidden`` folders."""
     discovery = {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane, **variables}
     # a home of its own: it copies tokenizers to ~/.cache
     frontend = Frontend(free_port(), discovery, folder)
     environment = os.environ | frontend.environment() | {"DYN_LOG": "error"}
-    child = LoggedProcess("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
+    command = frontend.command()
+    if hidden:
+        hide = " && ".join(f"mount -t tmpfs none {shlex.quote(str(each))}" for each in hidden)
+        command = ("unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh", *command)
+    child = LoggedProcess("frontend", command, environment=environment, log=folder / "frontend.log")
     try:
         eventually(frontend.answers, "the frontend answers")
         yield frontend

@@ -177,7 +177,7 @@ def test_over_nats_a_worker_serves_again_when_nats_is_back(
     worker = start("reference", "--request-plane", "nats", **plane)
     worker.ready()
     keys = etcd.keys()
-    with running_frontend(tmp_path, etcd, "nats", **plane) as frontend:
+    with running_frontend(tmp_path, etcd, "nats", NATS_SERVER=nats.url) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
         assert answers(frontend, model_dir.name)
         nats.stop()

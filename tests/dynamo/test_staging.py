@@ -17,7 +17,8 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.stage.manifest import scan
 from dynamo_mpi.stage.store import LOCK, PARTIAL, Store
 from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend, system_port
+from tests.dynamo.test_refused_requests import post
 from tests.namespaces.processes import all_pids, command_line
 
 pytestmark = pytest.mark.dynamo
@@ -101,6 +102,29 @@ def test_two_workers_and_the_next_start_use_one_copy(
     assert "had the model already" in third.text()
     terminate(third)
     assert store.remove(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="hides folders from the frontend, in a mount namespace")
+@pytest.mark.landing("reference-folder")
+@pytest.mark.parametrize("files", ["folder", "url"])
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_a_frontend_that_sees_no_copy_answers(
+    engine: str, files: str, tmp_path: Path, model: Path, etcd: EtcdServer, start: Start
+) -> None:
+    """It reads the model's own folder, or gets the files from the worker's URL."""
+    hidden, variables = [tmp_path / "local"], {}
+    if files == "url":
+        hidden.append(model.parent)
+        variables["DYN_SYSTEM_PORT"] = str(system_port())
+    worker = start(engine=engine, **variables)
+    worker.ready()
+    with running_frontend(tmp_path, etcd, hidden=hidden) as frontend:
+        eventually(frontend.models, "the model is listed")
+        body = {"model": model.name, "prompt": "Hello", "max_tokens": 3}
+        reply = post(frontend.port, "completions", body)
+        assert reply.status == 200, reply
+    assert Store(str(tmp_path / "local")).entries()[0].in_use
+    terminate(worker)
 
 
 def test_where_it_can_t_be_staged_the_worker_loads_the_original_and_says_why(
