@@ -4,12 +4,15 @@
 #SBATCH --job-name=dynamo_mpi
 #SBATCH --exclusive
 #SBATCH --requeue
+# a lost node ends the worker that uses it, not the job
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 # five minutes before the time limit the deployment is asked to finish what is in flight
 #SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
-# `sbatch --nodes=4 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times.
+# `sbatch --nodes=4 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times,
+# without the nodes that launch has excluded.
 
 set -euo pipefail
 
@@ -19,7 +22,7 @@ usage: sbatch_disaggregated.sh [--dry-run] [OPTIONS OF sbatch] [-- FLAGS OF srun
 
   IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/sbatch_disaggregated.sh --time=04:00:00
 
-Environment: that of srun_disaggregated.sh (--help), and
+Environment: that of srun_disaggregated.sh (--help), its NUM_SPARE_NODES are asked for too, and
   PARTITION, ACCOUNT      of the job (Slurm's defaults)
   DYN_MPI_MAX_REQUEUES    how often it goes back into the queue after 75 (10)
 END
@@ -49,7 +52,12 @@ submit() {
             exit 64
         fi
     done
+    if [[ ! ${NUM_SPARE_NODES:-0} =~ ^[0-9]+$ ]]; then
+        printf '%s\n' "environment NUM_SPARE_NODES is '$NUM_SPARE_NODES'" "  expected: a whole number, 0 or more" >&2
+        exit 64
+    fi
     nodes=$((${NUM_PREFILL_NODES:-2} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-2} * ${NUM_DECODE_WORKERS:-1}))
+    nodes=$((nodes + 10#${NUM_SPARE_NODES:-0}))
     command=(
         sbatch --nodes="$nodes" --gpus-per-node="${NUM_GPUS_PER_NODE:-4}"
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}
@@ -90,10 +98,24 @@ while kill -0 "$launcher" 2>/dev/null; do
     code=0
     wait "$launcher" || code=$?
 done
+# Puts the job back into the queue, without the nodes that launch has excluded. Slurm takes a list of excluded nodes only for a job that
+# isn't running: after the requeue, which ends this script by SIGTERM, and KillWait seconds later by SIGKILL.
+requeue() {
+    local file=${DYN_MPI_RUN_DIR:-dynamo_mpi-$SLURM_JOB_ID}/excluded.json bad before
+    bad=$(grep -o '"node": *"[A-Za-z0-9._-]*"' "$file" 2>/dev/null | cut -d'"' -f4 | sort -u | paste -sd, -) || true
+    before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2) || true
+    [[ $before != "(null)" ]] || before=""
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID"
+    [[ -n $bad ]] || return 0
+    echo "without $bad (excluded.json)" >&2
+    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad"
+}
+
 requeues=${SLURM_RESTART_COUNT:-0}
 if ((code == 75 && requeues < ${DYN_MPI_MAX_REQUEUES:-10})); then
     echo "temporary failure (75): back into the queue, for the $((requeues + 1)). time" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    requeue
 elif ((code == 75)); then
     echo "temporary failure (75) after $requeues requeues: the job ends (DYN_MPI_MAX_REQUEUES)" >&2
 fi

@@ -25,6 +25,7 @@ _LEFT = re.compile(
 )
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _EXECVE = re.compile(r"^slurmstepd(?:-(\S+))?: error: execve\(\): (.+)$", re.MULTILINE)
+_UNLAUNCHED = re.compile(r"^srun: error: Task launch for \S+ failed on node (\S+): (.+)$", re.MULTILINE)
 _CANCELLED = re.compile(r"\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED AT \S+ (DUE TO [A-Z ]+)")
 # after this line, srun reports tasks that it has ended itself
 _ABORTED = re.compile(
@@ -140,6 +141,8 @@ def _of_srun(text: str) -> Iterator[tuple[int, Death]]:
         yield each.start(), Death(host=each[1], how="was lost with its node, according to Slurm")
     for each in _EXECVE.finditer(text):
         yield each.start(), Death(host=each[1] or "", how=f"could not be started: {each[2]}")
+    for each in _UNLAUNCHED.finditer(text):
+        yield each.start(), Death(host=each[1], how=f"could not be started by its node's slurmd: {each[2]}")
     for each in _CANCELLED.finditer(text):
         yield each.start(), Death(how=f"was ended with its step by Slurm, {each[1].strip().lower()}")
 

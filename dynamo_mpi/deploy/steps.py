@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.step_commands import Command
 
 _SLURM_SECONDS = 20.0
+# scancel hands a signal to the nodes itself: to those that answer at once, then it waits for the others
+_SIGNAL_SECONDS = 5.0
+# of a launcher after the end of its ranks; srun waits KillWait + 2 s for a node that doesn't answer, by default 32 s
+REST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,27 @@ class StepController(Protocol):
         """Request that steps drain and end."""
 
     def cancel(self, steps: Sequence[Step]) -> None:
-        """End steps now."""
+        """End steps now, on all nodes that answer."""
+
+
+class StepEnd:
+    """Ends the rest of a step whose failure is known: its ranks everywhere, and its launcher, which may wait for a lost node. Doesn't block.
+
+    Args:
+        step: the step.
+        step_controller: ends its ranks.
+        seconds: time that the launcher has to exit by itself.
+    """
+
+    def __init__(self, step: Step, step_controller: StepController, seconds: float = REST_SECONDS) -> None:
+        self.step, self._deadline = step, time.monotonic() + seconds
+        step_controller.cancel([step])
+
+    def poll(self) -> bool:
+        """Return whether the launcher has ended; after its time, kill it."""
+        if self.step.child.exit_code() is None and time.monotonic() >= self._deadline:
+            self.step.child.kill()
+        return self.step.child.exit_code() is not None
 
 
 def start(command: Command, environment: Mapping[str, str], log: Path, ready_file: Path | None = None) -> Step:
@@ -79,26 +104,33 @@ class SlurmStepController:
 
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
+        self._cancelled: set[str] = set()
 
     def signal(self, steps: Sequence[Step]) -> None:
-        self._scancel(steps, "--signal=TERM")
+        self._scancel(steps, self._cancelled, "--signal=TERM")
 
     def cancel(self, steps: Sequence[Step]) -> None:
-        self._scancel(steps)
+        self._cancelled.update(self._scancel(steps, set()))
 
-    def _scancel(self, steps: Sequence[Step], *options: str) -> None:
-        ids = {name: number for number, name in (self.running() or {}).items()}
-        listed = {step.command.step: step for step in steps}
-        self.cancel_ids([ids[name] for name in listed if name in ids], *options)
-        for name, step in listed.items():
-            if name not in ids:
+    def _scancel(self, steps: Sequence[Step], ignored: set[str], *options: str) -> list[str]:
+        """Cancel or signal steps, but those with ignored ids; return their ids."""
+        names = {step.command.step for step in steps}
+        # Slurm keeps a step that had a lost node until the job ends, and the worker's next step has the same name
+        listed = {number: name for number, name in (self.running() or {}).items() if name in names}
+        ids = [number for number in listed if number not in ignored]
+        self.cancel_ids(ids, *options)
+        living = {name for number, name in listed.items() if number not in self._cancelled}
+        for step in steps:
+            if step.command.step not in living:
                 # not created yet, or Slurm doesn't answer: only its srun can end it, though not in order
                 step.child.send(signal.SIGTERM)
+        return ids
 
     def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
         """Cancel steps by their ids, or with ``--signal=…`` signal them."""
         if ids:
-            _ask_slurm("scancel", *options, *ids)
+            is_signal = any(option.startswith("--signal") for option in options)
+            _ask_slurm("scancel", *options, *ids, seconds=_SIGNAL_SECONDS if is_signal else _SLURM_SECONDS)
 
     def running(self) -> dict[str, str] | None:
         """Return the names of the job's steps by their ids, ``JOB.STEP``; None if Slurm doesn't answer."""
@@ -136,14 +168,14 @@ class MpirunStepController:
             step.child.send(signal.SIGTERM)
 
 
-def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
+def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None, seconds: float = _SLURM_SECONDS) -> str | None:
     """Run one of Slurm's commands; return its output, or None if it fails. A failure must not stop the end of other steps."""
     try:
         done = subprocess.run(
             words,
             capture_output=True,
             text=True,
-            timeout=_SLURM_SECONDS,
+            timeout=seconds,
             check=False,
             stdin=subprocess.DEVNULL,
             env=environ,

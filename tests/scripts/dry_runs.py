@@ -80,7 +80,7 @@ CASES = (
         "sbatch",
         "sbatch_disaggregated.sh",
         ("--time=04:00:00", "--", "--ready", "a b"),
-        {**LLAMA, "PARTITION": "batch", "ACCOUNT": "it's mine"},
+        {**LLAMA, "NUM_SPARE_NODES": "1", "PARTITION": "batch", "ACCOUNT": "it's mine"},
     ),
 )
 

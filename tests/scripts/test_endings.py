@@ -52,6 +52,12 @@ def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
     assert (code, f"NUM_DECODE_NODES is '{value}'" in said) == (64, True), said
 
 
+@pytest.mark.parametrize("value", ["abc", "1.5", "-1"])
+def test_a_number_of_spare_nodes_that_is_none_is_not_submitted(value: str) -> None:
+    code, said = run("sbatch_disaggregated.sh", "--dry-run", NUM_SPARE_NODES=value)
+    assert (code, f"NUM_SPARE_NODES is '{value}'" in said) == (64, True), said
+
+
 def test_a_folder_that_fails_the_launcher_is_an_error_and_no_traceback(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "n[1-4]", "NUM_PREFILL_NODES": "2", "NUM_DECODE_NODES": "2"}

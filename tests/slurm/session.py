@@ -151,6 +151,20 @@ class SlurmSession:
         """Cut a running node off from the network, or connect it again."""
         self.cluster.switch_cable(node, on=on)
 
+    def stop_slurmd(self, node: str, *, stopped: bool) -> None:
+        """Let a node's slurmd not answer, or let it go on."""
+        self.cluster.stop_slurmd(node, stopped=stopped)
+
+    def drain(self, node: str, reason: str = "maintenance") -> None:
+        """Take a node out as an administrator does: it gets no further job; steps of the job that has it go on."""
+        done = self.exec("scontrol", "update", f"nodename={node}", "state=drain", f"reason={reason}")
+        assert done.returncode == 0, done.stderr
+
+    def resume(self, node: str) -> None:
+        """Put a drained node back."""
+        done = self.exec("scontrol", "update", f"nodename={node}", "state=resume")
+        assert done.returncode == 0, done.stderr
+
     def pids(self, host: str) -> list[int]:
         """Pids, on this machine, of a host's processes, to be signalled with os.kill."""
         return self.cluster.pids(host)

@@ -46,6 +46,8 @@ SAID = {
     "srun_openmpi5_sigkill_two_a_node": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_mpich_sigkill": "rank 2 on n2 was killed by signal 9 (SIGKILL)",
     "srun_label_node_lost": "a rank on n2 was lost with its node, according to Slurm",
+    "srun_label_node_off_at_start": "a rank on n3 could not be started by its node's slurmd: Communication connection failure",
+    "srun_label_slurmd_stopped": "a rank on n4 could not be started by its node's slurmd: Socket timed out on send/recv operation",
     "srun_label_scancelled": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_no_program": "a rank on n2 could not be started: /nonexistent: No such file or directory",
 }

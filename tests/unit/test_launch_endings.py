@@ -15,7 +15,8 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.step_commands import Command
-from dynamo_mpi.deploy.steps import SlurmStepController, Step, end_of_job, start
+from dynamo_mpi.deploy.steps import SlurmStepController, Step, StepEnd, end_of_job, start
+from tests.dynamo.running import eventually
 
 # steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone
 SQUEUE = """\
@@ -76,6 +77,40 @@ def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, ste
     SlurmStepController("7").cancel([step])
     assert slurm.asked[1:] == ["7.3"]
     assert step.child.exit_code() is None
+
+
+def test_a_cancelled_step_that_slurm_still_lists_is_not_taken_for_the_next(slurm: Slurm, step: Step) -> None:
+    slurm.lists("7.3|dynmpi-x-decode-0")
+    steps = SlurmStepController("7")
+    steps.cancel([step])
+    # as a step with a lost node, until the job ends
+    slurm.lists("7.3|dynmpi-x-decode-0", "7.9|dynmpi-x-decode-0")
+    steps.signal([step])
+    assert slurm.asked == ["7.3", "--signal=TERM 7.9"]
+    steps.cancel([step])
+    assert slurm.asked[2:] == ["7.3 7.9"]
+    assert step.child.exit_code() is None
+
+
+def test_a_step_whose_next_start_waits_is_ended_by_its_srun(slurm: Slurm, step: Step) -> None:
+    slurm.lists("7.3|dynmpi-x-decode-0")
+    steps = SlurmStepController("7")
+    steps.cancel([step])
+    steps.signal([step])
+    assert slurm.asked == ["7.3"]
+    assert step.child.popen.wait(10) == -signal.SIGTERM
+
+
+def test_a_launcher_that_waits_for_a_lost_node_is_killed(slurm: Slurm, tmp_path: Path) -> None:
+    words = ("sh", "-c", "trap '' TERM; echo begun; sleep 600 & wait; wait; sleep 600")
+    hung = start(Command("decode-0", "dynmpi-x-decode-0", (words,)), os.environ, tmp_path / "log")
+    eventually(lambda: "begun" in hung.last_words(), "it ignores SIGTERM", 10)
+    slurm.lists("7.3|dynmpi-x-decode-0")
+    end = StepEnd(hung, SlurmStepController("7"), 0.3)
+    assert slurm.asked == ["7.3"]
+    assert not end.poll()
+    eventually(end.poll, "it has ended", 10)
+    assert (hung.child.exit_code(), hung.child.members()) == (137, [])
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import IO, Any
 from tests.namespaces.anchor import STATE_PREFIX, STATES, Anchor, enter_command, why_no_namespaces
 from tests.namespaces.commands import InsideProcess, default_environment, run_to_end
 from tests.namespaces.errors import ClusterError
-from tests.namespaces.processes import ProcessIdentity, namespace_of, processes_in_namespace
+from tests.namespaces.processes import ProcessIdentity, command_line, namespace_of, processes_in_namespace
 
 from . import config, packages
 from .entry import inside_command, inside_environment
@@ -234,6 +235,12 @@ class Cluster:
         self.switch_cable(node, on=False)
         if init:
             init.kill()
+
+    def stop_slurmd(self, node: str, *, stopped: bool) -> None:
+        """Let a node's slurmd not answer, though it accepts connections, or let it go on (SIGSTOP, SIGCONT); its steps go on."""
+        for pid in self.pids(node):
+            if command_line(pid)[:1] == ["slurmd"]:
+                os.kill(pid, signal.SIGSTOP if stopped else signal.SIGCONT)
 
     def switch_cable(self, node: str, *, on: bool) -> None:
         """Cut a running node off from the network, or connect it again.

@@ -27,7 +27,7 @@ NULL_DEVICE = os.makedev(1, 3)
 # - SlurmdSpoolDir and TmpFS carry %n, as all nodes share one file system; with one TmpFS the nodes' PMIx servers collide
 #   ("task 2 launch failed: Unspecified error").
 # - TaskPlugin and ProctrackType do without cgroups, which a container often lacks; the nodes' PID namespaces do their work.
-# - MessageTimeout: a node without power is only given up once a message to it has been; Slurm's own default is 10.
+# - MessageTimeout: a node without power is only given up once a message to it has been. At most Slurm's own default, 10.
 # - ReturnToService=2: a node that was switched off is idle again as soon as its slurmd registers.
 SLURM_CONF = """\
 ClusterName=namespaces
@@ -36,7 +36,7 @@ SlurmctldPort={slurmctld_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={munge_socket}
+AuthInfo=socket={munge_socket},cred_expire={requeue_delay}
 CredType=cred/munge
 StateSaveLocation={state}/slurmctld
 SlurmdSpoolDir={state}/spool.%n
@@ -60,7 +60,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout={node_timeout}
-MessageTimeout={node_timeout}
+MessageTimeout={message_timeout}
 SlurmctldTimeout=15
 InactiveLimit=0
 MinJobAge=3600
@@ -86,7 +86,9 @@ def render_slurm_conf(settings: ClusterSettings) -> str:
         logs=settings.logs,
         plugins=LIBRARIES / "slurm-wlm",
         node_timeout=settings.node_timeout,
+        message_timeout=min(settings.node_timeout, 10),
         kill_wait=settings.kill_wait,
+        requeue_delay=settings.requeue_delay,
     )
     partition = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"
     return head + "\n".join([*(["GresTypes=gpu"] if gpus else []), *nodes, partition]) + "\n"

@@ -34,6 +34,7 @@ class ClusterSettings:
         gpus_per_node: fake GPUs per node; 0 for none.
         kill_wait: seconds between SIGTERM and SIGKILL when Slurm ends a job (Slurm's own default is 30).
         node_timeout: seconds without an answer after which slurmctld gives a node up (Slurm's own default is 300).
+        requeue_delay: seconds that a requeued job waits (Slurm's ``cred_expire``, 120 by default).
 
     Raises:
         ClusterError: a value that cannot work.
@@ -45,6 +46,7 @@ class ClusterSettings:
     gpus_per_node: int = 4
     kill_wait: int = 5
     node_timeout: int = 10
+    requeue_delay: int = 120
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 99:
