@@ -13,13 +13,18 @@ from __future__ import annotations
 import os
 
 from dynamo_mpi.checks.gpu_fabric import GpuFabric, read_fabric
+from dynamo_mpi.checks.gpu_place import GpuPlace, place_by_nvml, read_nodes
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dynamo_mpi.checks.gpu_place import NumaNode
+
 _UUID_PREFIXES = ("GPU-", "MIG-")
-_FIELDS_PER_GPU = 10
+_FIELDS_PER_GPU = 12
+# of one GPU
+_MOST_INSTANCES = 16
 # NVML's own messages are short; by the name of the exception
 _PROBLEMS = {
     "NVMLError_LibraryNotFound": "NVML (libnvidia-ml.so.1) isn't there: no NVIDIA driver, or a container that was started without GPUs",
@@ -43,6 +48,8 @@ class GpuFacts(NamedTuple):
         holders: the processes that NVML shows, each with its bytes; in a container it may show none.
         mig: whether it is cut into instances.
         fabric: its place in an NVLink fabric; None if it has none, or if NVML doesn't report it.
+        place: the CPUs and the memory node next to it; None if NVML doesn't report its PCI address.
+        instances: the names of its instances, if it is cut into some.
     """
 
     number: int
@@ -55,6 +62,8 @@ class GpuFacts(NamedTuple):
     holders: tuple[tuple[int, int], ...] = ()
     mig: bool = False
     fabric: GpuFabric | None = None
+    place: GpuPlace | None = None
+    instances: tuple[str, ...] = ()
 
 
 class NodeGpus(NamedTuple):
@@ -89,6 +98,15 @@ class NodeGpus(NamedTuple):
     def facts_of(self, name: str) -> GpuFacts | None:
         """Look up one of `visible`; None where only its number is known."""
         return next((gpu for gpu in self.gpus if gpu.uuid == name), None)
+
+    def place_of(self, rank: int) -> GpuPlace | None:
+        """Return the place of the GPU that the engine assigns to ``rank``, also of an instance's; None if it isn't known for certain."""
+        name = self.taken_by(rank)
+        if name.startswith("#"):
+            # which one it is doesn't matter if all are next to the same CPUs
+            found = {gpu.place and gpu.place._replace(address="") for gpu in self.gpus}
+            return next(iter(found)) if len(found) == 1 else None
+        return next((gpu.place for gpu in self.gpus if name and name in (gpu.uuid, *gpu.instances)), None)
 
     def pack(self) -> tuple[str, ...]:
         """Write it as a flat list of strings, for `dynamo_mpi.common.codec`."""
@@ -187,9 +205,10 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
     gpus: list[GpuFacts] = []
     problems: list[str] = []
     hidden = 0
+    nodes = read_nodes()
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
-            gpus.append(read_gpu(nvml, index))
+            gpus.append(read_gpu(nvml, index, nodes))
         except Exception as error:
             if type(error).__name__ == "NVMLError_NoPermission":
                 hidden += 1  # counted, but kept from this process by a cgroup: CUDA doesn't count it
@@ -200,12 +219,13 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
     return tuple(gpus), "; ".join(problems)
 
 
-def read_gpu(nvml: Any, index: int) -> GpuFacts:
+def read_gpu(nvml: Any, index: int, nodes: Sequence[NumaNode] = ()) -> GpuFacts:
     """Read one GPU from NVML, which is open.
 
     Args:
         nvml: nvidia-ml-py.
         index: NVML's number of it.
+        nodes: the machine's NUMA nodes, to know its place.
 
     Raises:
         Exception: NVML's own, of a class for each kind.
@@ -229,7 +249,14 @@ def read_gpu(nvml: Any, index: int) -> GpuFacts:
         tuple((int(one.pid), int(one.usedGpuMemory or 0)) for one in processes if int(one.pid) != os.getpid()),
         bool(mig[0]),
         read_fabric(nvml, handle),
+        place_by_nvml(nvml, handle, nodes) if nodes else None,
+        _instances(nvml, handle) if mig[0] else (),
     )
+
+
+def _instances(nvml: Any, handle: Any) -> tuple[str, ...]:
+    found = (optional(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index) for index in range(_MOST_INSTANCES))
+    return tuple(_text(optional(nvml, "nvmlDeviceGetUUID", one) or "") for one in found if one is not None)
 
 
 def optional(nvml: Any, name: str, *args: Any) -> Any:
@@ -261,12 +288,26 @@ def _pack_gpu(gpu: GpuFacts) -> tuple[str, ...]:
     holders = " ".join(f"{pid}:{size}" for pid, size in gpu.holders)
     numbers = (gpu.sm, gpu.total_bytes, gpu.free_bytes, gpu.used_bytes)
     fabric = "" if gpu.fabric is None else gpu.fabric.pack()
-    return (str(gpu.number), gpu.uuid, gpu.name, *map(str, numbers), holders, "mig" if gpu.mig else "", fabric)
+    place = "" if gpu.place is None else gpu.place.pack()
+    words = (holders, "mig" if gpu.mig else "", fabric, place, " ".join(gpu.instances))
+    return (str(gpu.number), gpu.uuid, gpu.name, *map(str, numbers), *words)
 
 
 def _unpack_gpu(values: Sequence[str]) -> GpuFacts:
-    number, uuid, name, sm, total, free, used, holders, mig, place = values
+    number, uuid, name, sm, total, free, used, holders, mig, fabric, place, instances = values
     pairs = [pair.partition(":") for pair in holders.split()]
     held = tuple((int(pid), int(size)) for pid, _, size in pairs)
-    fabric = GpuFabric.unpack(place) if place else None
-    return GpuFacts(int(number), uuid, name, int(sm), int(total), int(free), int(used), held, mig == "mig", fabric)
+    return GpuFacts(
+        int(number),
+        uuid,
+        name,
+        int(sm),
+        int(total),
+        int(free),
+        int(used),
+        held,
+        mig == "mig",
+        GpuFabric.unpack(fabric) if fabric else None,
+        GpuPlace.unpack(place) if place else None,
+        tuple(instances.split()),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from dynamo_mpi.common.affinity import allowed_cpus, format_list, parse_list
 from dynamo_mpi.common.distributions import installed_versions
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
@@ -38,7 +39,7 @@ _OTHERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NCCL
 _FREE = ("TLLM_SPAWN_PROXY_PROCESS", "TLLM_LOG_", "TLLM_PROFILE_", "TRTLLM_CACHE_DIR", "TRTLLM_PRINT_STACKS_PERIOD")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LONGEST_VALUE = 200
-_HEAD = 9
+_HEAD = 10
 
 
 class StaleFile(NamedTuple):
@@ -68,6 +69,7 @@ class HostFacts(NamedTuple):
         shm_bytes: its size; 0 if it can't be read.
         shm_free: free bytes in it.
         leftovers: files of this user in it that look like an earlier worker's.
+        allowed: the CPUs that the job or container allows it; more than ``cpus`` if launcher or user have bound it.
     """
 
     speaks_for_node: bool
@@ -79,6 +81,7 @@ class HostFacts(NamedTuple):
     shm_bytes: int = 0
     shm_free: int = 0
     leftovers: tuple[StaleFile, ...] = ()
+    allowed: tuple[int, ...] = ()
 
     def variable(self, name: str) -> str | None:
         """Return the value of an environment variable; None if it isn't set."""
@@ -94,7 +97,8 @@ class HostFacts(NamedTuple):
         return (
             "node" if self.speaks_for_node else "",
             self.mpi_library,
-            " ".join(map(str, self.cpus)),
+            format_list(self.cpus),
+            format_list(self.allowed),
             self.shm_path,
             str(self.shm_bytes),
             str(self.shm_free),
@@ -112,8 +116,8 @@ class HostFacts(NamedTuple):
         """
         if len(values) < _HEAD:
             raise ValueError(f"{len(values)} fields are too few for the facts of a host")
-        node, library, cpus, path, size, free = values[:6]
-        variables, versions, leftovers = (int(count) for count in values[6:_HEAD])
+        node, library, cpus, allowed, path, size, free = values[:7]
+        variables, versions, leftovers = (int(count) for count in values[7:_HEAD])
         if min(variables, versions, leftovers) < 0 or len(values) != _HEAD + 2 * (variables + versions) + 3 * leftovers:
             raise ValueError(f"{len(values)} fields can't be the facts of a host")
         end = _HEAD + 2 * (variables + versions)
@@ -122,13 +126,14 @@ class HostFacts(NamedTuple):
         return cls(
             node == "node",
             library,
-            tuple(int(cpu) for cpu in cpus.split()),
+            tuple(sorted(parse_list(cpus))),
             tuple(pairs[:variables]),
             tuple(pairs[variables:]),
             path,
             int(size),
             int(free),
             tuple(left),
+            tuple(sorted(parse_list(allowed))),
         )
 
 
@@ -149,10 +154,12 @@ def collect(
     """
     cpus, variables = _cpus(), _variables(environ)
     library = " ".join(mpi_library.replace("\0", "").strip().split("\n")[0].split(",")[0].split())
+    allowed = allowed_cpus()
     if not speaks_for_node:
-        return HostFacts(False, library, cpus, variables, shm_path=shm)
+        return HostFacts(False, library, cpus, variables, shm_path=shm, allowed=allowed)
     size, free = room(shm)
-    return HostFacts(True, library, cpus, variables, tuple(_versions()), shm, size, free, tuple(_leftovers(shm)))
+    left = tuple(_leftovers(shm))
+    return HostFacts(True, library, cpus, variables, tuple(_versions()), shm, size, free, left, allowed)
 
 
 def _cpus() -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from dynamo_mpi.mpi.placement import hosts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.checks.binding import RankBinding
     from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.memory import MemoryEstimate
@@ -98,6 +99,7 @@ class PreflightInputs:
         report_request: the request to every rank.
         memory_later: whether the GPU check will evaluate the GPUs' free memory.
         draft: the draft model's shape; None without one, or where it can't be read.
+        bind: whether ranks are bound to their GPUs' CPUs.
     """
 
     shape: ModelShape
@@ -110,6 +112,7 @@ class PreflightInputs:
     report_request: ReportRequest
     memory_later: bool = False
     draft: ModelShape | None = None
+    bind: bool = True
 
     @property
     def config(self) -> EngineConfig:
@@ -127,6 +130,7 @@ class PreflightResult:
         findings: the rules' findings.
         subject: the worker that was checked.
         weights: bytes of each rank's weights; empty if they aren't known.
+        bindings: each rank's CPUs; empty if the ranks report none.
     """
 
     exit_code: ExitCode
@@ -134,6 +138,7 @@ class PreflightResult:
     findings: tuple[Finding, ...]
     subject: LayoutSpec
     weights: tuple[int, ...] = ()
+    bindings: tuple[RankBinding, ...] = ()
 
 
 def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
@@ -197,6 +202,7 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
         ),
         memory_later=for_trtllm and memory_is_awaited(settings),
         draft=find_draft(merged.config, str(folder / "config.json")),
+        bind=settings.cpu_bind == "auto",
     )
 
 
@@ -237,7 +243,8 @@ def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightR
     )
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
-    findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory)]
+    bindings, unlike = _bindings(plan, rows)
+    findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory), *unlike]
     details = render([finding for finding in findings if finding.severity is not Severity.INFO])
     if stopping := errors(findings):
         count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
@@ -250,7 +257,7 @@ def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightR
     ranks = f"{len(reports)} rank{'' if len(reports) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
     text = report + (f"\n{details}" if details else "")
-    return PreflightResult(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
+    return PreflightResult(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory), bindings)
 
 
 # The reference engine has no requirements of hosts and GPUs, so its start need not import these modules.
@@ -278,6 +285,15 @@ def _host_findings(plan: PreflightInputs, rows: Sequence[RankFacts], memory: Mem
 
     needs = Requirements(_weights(plan, memory), not plan.report_request.gpus, plan.memory_later)
     return check_hosts(rows, needs)
+
+
+def _bindings(plan: PreflightInputs, rows: Sequence[RankFacts]) -> tuple[tuple[RankBinding, ...], list[Finding]]:
+    if not rows:
+        return (), []
+    from dynamo_mpi.checks.binding import check_binding, decide
+
+    bindings = decide(rows, bind=plan.bind)
+    return bindings, list(check_binding(rows, bindings))
 
 
 def _weights(plan: PreflightInputs, memory: MemoryEstimate | None) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def by_host(rows: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
     return nodes
 
 
-def where(some: Iterable[RankFacts], rows: Sequence[RankFacts]) -> str:
+def where(some: Iterable[RankFacts], rows: Sequence[RankFacts] | Mapping[int, RankFacts]) -> str:
     """Name ranks with their hosts: ``ranks 0-3 on n1 and 4-7 on n2``; on many hosts, only how many there are."""
     ranks = [row.rank for row in some]
     if len(names := dict.fromkeys(rows[rank].host for rank in ranks)) > _MOST_HOSTS:

@@ -27,7 +27,7 @@ from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.excluded import excluded_before
-from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Mpirun, Srun, folder_environment, token_of
+from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, UNBOUND, Mpirun, Srun, folder_environment, token_of
 from dynamo_mpi.deploy.node_watch import NodeWatch
 from dynamo_mpi.deploy.nodes import (
     STAND_IN_JOB,
@@ -179,7 +179,7 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
         yield {**os.environ, **end}
         return
     with private_dir(prefix=FOLDER_PREFIX) as folder:
-        yield {**folder_environment(folder), **os.environ}
+        yield {**folder_environment(folder), **UNBOUND, **os.environ}
 
 
 def _split_nodes(given: str | None) -> tuple[str | None, str | None]:

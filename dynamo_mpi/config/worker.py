@@ -73,6 +73,7 @@ class Settings:
     probe_strict: bool
     probe_seconds: float
     probe_kv_seconds: float | None
+    cpu_bind: str
     stage: Path | None
     only_stage: bool
     stage_timeout: float

@@ -233,6 +233,16 @@ OPTIONS: tuple[Option, ...] = (
         "without effect since the KV check is a step of `dynamo-mpi launch` (--kv-check); accepted until 0.2",
     ),
     Option(
+        "cpu_bind",
+        ("--cpu-bind",),
+        ("DYN_MPI_CPU_BIND",),
+        "auto",
+        str,
+        "auto: each TensorRT-LLM rank runs on the CPUs next to its GPU, and allocates on their memory node, unless the launcher or the user "
+        "has bound it; none: all are left as they are",
+        ("auto", "none"),
+    ),
+    Option(
         "stage",
         ("--stage",),
         ("DYN_MPI_STAGE",),

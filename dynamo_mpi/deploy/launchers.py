@@ -131,6 +131,8 @@ class Srun:
             f"--ntasks={worker.ranks}",
             f"--ntasks-per-node={worker.ranks_per_node}",
             "--distribution=block",
+            # the ranks bind themselves, to their GPUs' CPUs; SRUN_ARGS come later, and win
+            "--cpu-bind=none",
             "--kill-on-bad-exit=1",
             f"--wait={_WAIT_SECONDS}",
         )
@@ -232,6 +234,8 @@ def without_srun_input(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in _SRUN_INPUT}
 
 
+# each rank binds itself to its GPU's CPUs (--cpu-bind), of which mpirun (Open MPI 5 and 4) knows nothing; a flag of mpirun's wins over them
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_hwloc_base_binding_policy": "none"}
 FOLDER_PREFIX = "dynamo-mpi-launch-"
 
 

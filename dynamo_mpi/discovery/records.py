@@ -123,6 +123,7 @@ class WorkerRecord:
         probe: the measurements of the hardware checks, by check; None if none ran.
         process_start: when rank 0's process began, as ``BOOT_ID:TICKS`` (since boot); None if that isn't known, or from an older writer.
         stage: what copying the model to the nodes took: path, bytes, nodes and seconds; None if it wasn't copied.
+        binding: the CPUs and the NUMA node of each rank, by ranks: kind, cpus, node; None if they aren't known.
     """
 
     role: str
@@ -153,6 +154,7 @@ class WorkerRecord:
     probe: dict[str, Any] | None = None
     process_start: str | None = None
     stage: dict[str, Any] | None = None
+    binding: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -197,6 +199,7 @@ class WorkerRecord:
             progress=nested(Progress, "progress", "ranks"),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
             stage=stage if isinstance(stage := content.get("stage"), dict) else None,
+            binding=binding if isinstance(binding := content.get("binding"), dict) else None,
         )
 
     @property

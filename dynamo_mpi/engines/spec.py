@@ -29,6 +29,7 @@ class EngineSpec(NamedTuple):
         kv_keep_seconds: how long a prefill rank keeps KV that is not fetched.
         kv_pull_seconds: how long fetching the KV of one request may take.
         probe: the hardware checks that run before the engine is built, from `HardwareCheckPlan.pack`; empty for none.
+        bind: the CPUs and memory nodes to which ranks bind themselves, from `checks.binding.pack`; empty for none.
         stage: what is copied to the nodes before the engine is built, from `StagePlan.pack`; empty for nothing.
     """
 
@@ -46,6 +47,7 @@ class EngineSpec(NamedTuple):
     kv_keep_seconds: float = 60.0
     kv_pull_seconds: float = 10.0
     probe: str = ""
+    bind: str = ""
     stage: str = ""
 
     def pack(self) -> bytes:

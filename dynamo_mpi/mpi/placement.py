@@ -6,7 +6,7 @@ from __future__ import annotations
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class HasHost(Protocol):
@@ -30,12 +30,12 @@ def ranks_by_host(ranks: Sequence[HasHost]) -> dict[str, list[int]]:
     return found
 
 
-def describe_ranks(ranks: Sequence[int], world: Sequence[HasHost]) -> str:
+def describe_ranks(ranks: Sequence[int], world: Sequence[HasHost] | Mapping[int, HasHost]) -> str:
     """Return the names of ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
 
     Args:
         ranks: the ranks to name.
-        world: all ranks, in rank order.
+        world: the ranks, by number.
     """
     by_host: dict[str, list[int]] = {}
     for rank in ranks:

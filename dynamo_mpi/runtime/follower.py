@@ -71,6 +71,7 @@ def run_follower(
             return message[1]
     # imported after the preflight result, as every file that a rank opens before counts
     from dynamo_mpi.common.log_writer import log_writer
+    from dynamo_mpi.runtime.rank_binding import bind_to_gpu
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
     from dynamo_mpi.supervisor.signals import SignalThread, signals_of
@@ -90,6 +91,7 @@ def run_follower(
     if fault is not None:
         fault.follow(heartbeat)
     signals.begin(partial(_forward_signal, agent, heartbeat))
+    bind_to_gpu(context, spec)
     try:
         staging = _begin_staging(world, spec) if spec.stage else None
         stopped = _check_hardware(world, spec, phases) if spec.probe else None

@@ -25,6 +25,7 @@ from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
 from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
+from dynamo_mpi.runtime.rank_binding import announce_binding, bind_to_gpu
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
 
 if TYPE_CHECKING:
@@ -135,8 +136,10 @@ class LeaderRank:
             hardware_checks = plan_hardware_checks(settings, result.subject.layout, ranks_by_host(reports))
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
             self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
-            spec = spec._replace(stage=staging.plan(reports, rank0_address.network if rank0_address else ""))
+            stage = staging.plan(reports, rank0_address.network if rank0_address else "")
+            spec = spec._replace(bind=announce_binding(result.bindings, self._log), stage=stage)
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
+            bind_to_gpu(self._context, spec)
             staging.begin()
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
             supervisor.close()
@@ -263,7 +266,7 @@ class LeaderRank:
         from dynamo_mpi.runtime.worker_record import planned_card, record_of
 
         self._record_publisher = self._hooks.add_record_hooks(
-            settings, record_of(settings, result.subject, reports, self._phases)
+            settings, record_of(settings, result, reports, self._phases)
         )
         signals = self._catch_signals()
         subject = result.subject

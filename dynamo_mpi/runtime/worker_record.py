@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.light_typing import TYPE_CHECKING
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.own_files import reason, remove_own, write_own
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.worker_process import process_start
@@ -24,11 +24,11 @@ from dynamo_mpi.mpi.placement import hosts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.checks.preflight import PreflightResult
     from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.engine_config import EngineConfig
-    from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.supervisor.context import RankContext
 
 
@@ -36,17 +36,18 @@ _PAIRED = ("prefill", "decode")
 
 
 def record_of(
-    settings: Settings, subject: LayoutSpec, reports: Sequence[RankReport], phases: PhaseTracker
+    settings: Settings, result: PreflightResult, reports: Sequence[RankReport], phases: PhaseTracker
 ) -> WorkerRecord:
     """Return the worker's record during preflight.
 
     Args:
         settings: the worker's settings.
-        subject: the layout that preflight evaluated.
+        result: the preflight's, with the layout that it evaluated.
         reports: the ranks' preflight reports, in rank order.
         phases: rank 0's phases.
     """
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
+    subject = result.subject
     layout, nodes = subject.layout, hosts(reports)
     began = time.time() - phases.age
     return WorkerRecord(
@@ -79,7 +80,16 @@ def record_of(
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,
         attempt=restart_count(os.environ),
+        binding=_binding(result),
     )
+
+
+def _binding(result: PreflightResult) -> dict[str, Any] | None:
+    if not result.bindings:
+        return None
+    from dynamo_mpi.checks.binding import as_record
+
+    return as_record(result.bindings) or None
 
 
 _TEMPLATE_FLAG = "--custom-jinja-template"

@@ -17,6 +17,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.affinity import release
 from dynamo_mpi.common.process import host_name, raise_nofile_limit_to_hard, set_process_title
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Coordinator
 from dynamo_mpi.stage.manifest import Manifest, SourceChangedError, StageError
@@ -303,9 +304,8 @@ def main() -> None:
     """Run as a node's helper."""
     set_process_title(TITLE)
     raise_nofile_limit_to_hard()
-    # a rank is often bound to one core; the kernel keeps this within the job's own
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # its rank is often bound to some CPUs
+    release()
     plan = HelperPlan.from_json(sys.stdin.readline())
     lock = threading.Lock()
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
+from dynamo_mpi.checks.gpu_place import GpuPlace
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.common.cgroup import CgroupLimits, cpu_share, own_groups, read_limits
 from dynamo_mpi.common.networks import HostNetworks, Interface
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, MpiLibrary
-from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
+from dynamo_mpi.ops.doctor import binding, environment, fabric, gpus, host, mpi, packages, ports
 from dynamo_mpi.ops.doctor.check import Check, Context, Status
 from dynamo_mpi.ops.doctor.commands import Output
 from dynamo_mpi.ops.doctor.fabric import (
@@ -191,6 +194,25 @@ def test_gpus_that_are_well(tmp_path: Path) -> None:
     assert found["gpus"].found == "2 GPUs (NVIDIA H100 80GB HBM3, 80.0 GiB)"
     assert found["driver"].found == "570.86.15 (CUDA 12.8)"
     assert found["nvlink"].found == "36 links up"
+
+
+def test_cpus_next_to_the_gpus(tmp_path: Path) -> None:
+    assert look(tmp_path, {}, {})["binding"].found.startswith("GPUs 0-1 next to CPUs 0")
+    places = [GpuPlace(f"0000:{number}:00.0", number // 2, ("0-3", "4-7")[number // 2]) for number in range(4)]
+    node = NodeGpus(
+        tuple(GpuFacts(number, f"GPU-{number}", "NVIDIA", 90, place=place) for number, place in enumerate(places)),
+        tuple(f"GPU-{number}" for number in range(4)),
+    )
+    row = RankFacts(3, "n1", HostFacts(False, "", (0, 1), allowed=tuple(range(8))), node)
+    known = binding.judge(row, in_rank=False)
+    assert known.found == "GPUs 0-1 next to CPUs 0-3 (node 0); GPUs 2-3 next to CPUs 4-7 (node 1)"
+    wrong = binding.judge(row, in_rank=True)
+    assert wrong.status is Status.WARNING
+    assert "rank 3 on n1: GPU 3 (0000:3:00.0) is next to CPUs 4-7 (node 1), bound to CPUs 0-1" in wrong.found
+    unbound = row._replace(facts=row.facts._replace(cpus=tuple(range(8))))
+    assert binding.judge(unbound, in_rank=True).status is Status.OK
+    unknown = node._replace(gpus=tuple(gpu._replace(place=None) for gpu in node.gpus))
+    assert binding.judge(row._replace(gpus=unknown), in_rank=True).status is Status.SKIPPED
 
 
 def test_gpus_that_are_not(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from dynamo_mpi.checks import gpu_facts
 from dynamo_mpi.checks.gpu_fabric import COMPLETED, IN_PROGRESS, GpuFabric
 from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus, read_gpus, visible_gpus
+from dynamo_mpi.checks.gpu_place import GpuPlace
+from dynamo_mpi.common.affinity import format_list
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 
 GIB = 2**30
@@ -364,6 +366,7 @@ def test_the_gpus_behind_the_names() -> None:
 
 SIZE = st.integers(0, 2**50)
 NAME = st.text(max_size=20)
+LIST = st.frozensets(st.integers(0, 300), max_size=6).map(format_list)
 GPU = st.builds(
     GpuFacts,
     st.integers(0, 64),
@@ -375,6 +378,9 @@ GPU = st.builds(
     SIZE,
     st.lists(st.tuples(SIZE, SIZE), max_size=3).map(tuple),
     st.booleans(),
+    st.none() | st.builds(GpuFabric, st.integers(0, 3)),
+    st.none() | st.builds(GpuPlace, st.just("0000:3b:00.0"), st.integers(-1, 9), LIST, LIST),
+    st.lists(st.sampled_from(["MIG-a", "MIG-b"]), max_size=2).map(tuple),
 )
 NODE = st.builds(
     NodeGpus, st.lists(GPU, max_size=4).map(tuple), st.lists(NAME, max_size=4).map(tuple), NAME, st.integers(0), NAME

@@ -40,6 +40,7 @@ def test_the_mpi_library_is_named_in_its_first_words(tmp_path: Path, said: str, 
 def test_this_host(tmp_path: Path) -> None:
     facts = look(tmp_path)
     assert set(facts.cpus) == os.sched_getaffinity(0)
+    assert set(facts.allowed) >= set(facts.cpus)
     assert dict(facts.versions)["mpi4py"] == metadata.version("mpi4py")
     assert facts.shm_bytes >= facts.shm_free > 0
     assert facts.leftovers == ()
@@ -131,17 +132,19 @@ def test_the_ranks_import_next_to_nothing() -> None:
 TEXT = st.one_of(st.text(max_size=10), st.binary(max_size=10).map(os.fsdecode))
 PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple)
 SIZE = st.integers(0, 2**60)
+CPUS = st.frozensets(st.integers(0, 1024), max_size=9).map(sorted).map(tuple)
 FACTS = st.builds(
     HostFacts,
     st.booleans(),
     TEXT,
-    st.lists(st.integers(0, 1024), max_size=9).map(tuple),
+    CPUS,
     PAIRS,
     PAIRS,
     TEXT,
     SIZE,
     SIZE,
     st.lists(st.builds(StaleFile, TEXT, SIZE, SIZE), max_size=3).map(tuple),
+    CPUS,
 )
 
 

@@ -55,6 +55,7 @@ SAMPLES = {
     "probe_strict": "true",
     "probe_seconds": "9.5",
     "probe_kv_seconds": "77",
+    "cpu_bind": "none",
     "stage": "/local/scratch",
     "only_stage": "true",
     "stage_timeout": "77.5",

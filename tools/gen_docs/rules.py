@@ -7,7 +7,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks import fabric_rules, gpu_check, gpu_rules, host_rules, kv_rules
+from dynamo_mpi.checks import binding, fabric_rules, gpu_check, gpu_rules, host_rules, kv_rules
 from dynamo_mpi.checks import rank_rules as roster
 from dynamo_mpi.discovery import peer_compat as peers
 from dynamo_mpi.layout import contract, engine_layers, key_rules, value_rules
@@ -49,6 +49,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         *peers.RULES,
         *gpu_rules.RULES,
         *host_rules.RULES,
+        binding.check_binding,
         *gpu_check.RULES,
         *fabric_rules.RULES,
         *kv_rules.RULES,

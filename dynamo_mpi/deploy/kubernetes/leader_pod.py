@@ -20,7 +20,7 @@ from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
-from dynamo_mpi.deploy.launchers import folder_environment
+from dynamo_mpi.deploy.launchers import UNBOUND, folder_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -256,6 +256,7 @@ def mpirun_environment(environ: Mapping[str, str], folder: Path) -> dict[str, st
     }
     agent = f"{sys.executable} -m dynamo_mpi.deploy.kubernetes.agent"
     return {
+        **UNBOUND,
         **kept,
         **folder_environment(folder),
         SOCKET_VARIABLE: str(folder / "agent"),

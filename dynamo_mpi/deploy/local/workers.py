@@ -19,6 +19,7 @@ from dynamo_mpi.common.errors import ModelNotFoundError, UsageError
 from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.subprocess import with_pdeathsig
+from dynamo_mpi.deploy.launchers import UNBOUND
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 
 
@@ -188,11 +189,9 @@ def mpi_environment(scratch: Path, *, root: bool) -> dict[str, str]:
         scratch: folder for shared-memory files, which a killed rank can't remove from /dev/shm.
         root: whether this user is root, whom Open MPI rejects unless two variables are set.
     """
-    variables = {
+    variables = UNBOUND | {
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
         "OMPI_MCA_btl_sm_backing_directory": str(scratch),
         "OMPI_MCA_btl_vader_backing_directory": str(scratch),
     }

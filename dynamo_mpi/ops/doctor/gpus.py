@@ -25,6 +25,7 @@ from dynamo_mpi.checks.gpu_rules import (
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, lines
 from dynamo_mpi.layout.format import counted, gib, listed
+from dynamo_mpi.ops.doctor.binding import check_places
 from dynamo_mpi.ops.doctor.check import (
     Check,
     Context,
@@ -88,7 +89,9 @@ def check_gpus(context: Context) -> Iterator[Check]:
         needed = "an answer of NVML: the preflight of --engine trtllm looks in the same way"
         yield warning("nvml", look, needed, "nvidia-smi; a GPU that hangs shows in dmesg as Xid")
         return
-    yield from judge(look, socket.gethostname(), in_rank=context.in_rank)
+    host = socket.gethostname()
+    yield from judge(look, host, in_rank=context.in_rank)
+    yield from check_places(context, look.facts, host)
 
 
 def read_look(output: Output) -> GpuLook | str:

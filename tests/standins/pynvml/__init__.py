@@ -4,6 +4,7 @@
 ``PYNVML_STANDIN`` names the file: ``{"driver": "570.86.15", "cuda": 12080, "gpus": [{"uuid": "GPU-0", "name": "NVIDIA H100 80GB HBM3",
 "sm": [9, 0], "total": 1, "free": 1, "used": 0, "processes": [[42, 1]], "mig": 0}]}``. A GPU may also say how it is: ``recovery_action``,
 ``ecc``, ``uncorrected``, ``remapped``, ``reasons``, ``nvlinks``, ``compute_mode``, ``clocks``, ``power_limit``, ``pcie``,
+``address`` (its PCI bus id), ``numa`` (the node that its own memory is), ``instances`` (UUIDs),
 ``fabric`` (``{"state": 3, "status": 0, "cluster": "<32 hexadecimal digits>", "clique": 1, "health": 170}``); else all is well, without a
 fabric.
 The file is read again by every call that asks for memory, so that memory may be given back.
@@ -29,6 +30,10 @@ class NVMLError(Exception):
 
 class NVMLError_DriverNotLoaded(NVMLError):
     """There is no file."""
+
+
+class NVMLError_NotSupported(NVMLError):
+    """The GPU has no such thing."""
 
 
 class NVMLError_InvalidArgument(NVMLError):
@@ -92,6 +97,24 @@ def nvmlDeviceGetMemoryInfo(handle: dict[str, Any], version: int | None = None) 
 
 def nvmlDeviceGetMigMode(handle: dict[str, Any]) -> tuple[int, int]:
     return handle["mig"], handle["mig"]
+
+
+def nvmlDeviceGetPciInfo(handle: dict[str, Any]) -> SimpleNamespace:
+    number = _node["gpus"].index(handle)
+    return SimpleNamespace(busId=handle.get("address", f"00000000:{number + 0xA0:02X}:00.0"))
+
+
+def nvmlDeviceGetNumaNodeId(handle: dict[str, Any]) -> int:
+    if "numa" not in handle:
+        raise NVMLError_NotSupported("Not Supported")
+    return int(handle["numa"])
+
+
+def nvmlDeviceGetMigDeviceHandleByIndex(handle: dict[str, Any], index: int) -> dict[str, Any]:
+    instances = handle.get("instances", [])
+    if index >= len(instances):
+        raise NVMLError_InvalidArgument("Invalid Argument")
+    return {"uuid": instances[index]}
 
 
 def nvmlDeviceGetComputeRunningProcesses(handle: dict[str, Any]) -> list[SimpleNamespace]:
