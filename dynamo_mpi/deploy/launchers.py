@@ -56,6 +56,8 @@ _SRUN_INPUT = (
     "SLURM_TRES_PER_TASK",
     "SLURM_WHOLE",
 )
+# the step of a lost node keeps its place on the other nodes until the job ends (Slurm 22.05): without --overlap the next one waits for it
+_NO_KILL = ("--no-kill", "--overlap")
 # srun waits for the rest of a step when its first rank exits; ours all exit together
 _WAIT_SECONDS = 60
 GDS_VARIABLE = "PMIX_MCA_gds"
@@ -124,10 +126,12 @@ class Srun:
             **worker_environment(self.settings),
             LAUNCH_VARIABLE: self._step_name(worker.name),
         }
+        # Slurm's order, in which it numbers a step's nodes: a spare may stand in any place
+        nodes = sorted(worker.nodes, key=self.nodes.names.index)
         options = (
             f"--mpi={self.settings.mpi}",
-            f"--nodes={len(worker.nodes)}",
-            f"--nodelist={','.join(worker.nodes)}",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
             f"--ntasks={worker.ranks}",
             f"--ntasks-per-node={worker.ranks_per_node}",
             "--distribution=block",
@@ -135,6 +139,7 @@ class Srun:
             "--cpu-bind=none",
             "--kill-on-bad-exit=1",
             f"--wait={_WAIT_SECONDS}",
+            *(_NO_KILL if self.settings.no_kill else ()),
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
         stage_dir = self.settings.stage_dir
@@ -142,7 +147,7 @@ class Srun:
         if self.container is not None and stage_dir is not None:
             ours = replace(self, container=self.container.with_mount(str(stage_dir)))
         return _on_nodes(
-            ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), worker.nodes
+            ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), nodes
         )
 
     def probe(self, node: str) -> Command:

@@ -69,6 +69,12 @@ CASES = (
             **JOB,
         },
     ),
+    Case(
+        "disaggregated_spare_node",
+        "srun_disaggregated.sh",
+        ("--prefill-nodes", "1", "--decode-nodes", "2", "--skip-check"),
+        {"MODEL_PATH": "/models/M", "NUM_SPARE_NODES": "1", "DYN_MPI_PYTHON": "/opt/venv/bin/python", **JOB},
+    ),
     Case("aggregated_defaults", "srun_aggregated.sh", (), {"IMAGE": "nvcr.io#nvidia/dynamo", "MODEL_PATH": "/m"}),
     Case(
         "mpirun",
