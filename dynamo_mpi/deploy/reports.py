@@ -225,6 +225,9 @@ def _report(name: str, code: int, death: Death | None, step: Step) -> Report:
         fix = f"read its earlier output in {step.child.log}; the kernel's log{where} and a core file have more details"
     else:
         fix = f"read the earlier output in {step.child.log}" + (f", and check {death.host}" if death.host else "")
+        if death.code == 1 and any(word.startswith("--container-image=") for word in step.command.words):
+            # srun closes its connections when it ends a step after a task's failure (seen in 2 of 45 starts on a busy machine, Slurm 22.05)
+            fix += "; if its container could not be started, slurmd's log there has Pyxis's lines: srun may drop them"
     return Report(found, "ranks that run until they are all asked to end", fix)
 
 

@@ -267,7 +267,7 @@ def _run(
     set_process_title(f"dynamo_mpi: node agent on {host}")
     if observer is not None:
         observer.start()
-    agent.run()
+    agent.run(started[1])
 
 
 def _listen(addresses: tuple[str, ...], launch: LaunchInfo, *, wait_for_name: bool = False) -> _socket.socket:

@@ -82,15 +82,20 @@ class NodeAgent:
         self._exiting: set[LocalRank] = set()
         self._exit_deadline = 0.0
         self._segments: frozenset[str] = frozenset()
-        self._lost_ranks, self._began, self._started_at = False, time.time(), time.monotonic()
+        self._lost_ranks, self._started_at = False, time.monotonic()
         self._decide_at = self._kill_at = self._stop_at = self._reported_at = math.inf
         self._observer, self._first = observer, self._add_rank(first)
         if listener is not None:
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
 
-    def run(self) -> None:
-        """Run until all ranks of this node have exited."""
+    def run(self, began: float) -> None:
+        """Run until all ranks of this node have exited.
+
+        Args:
+            began: when the rank that started the agent began, in seconds since 1970. On a busy node, that rank may be in MPI_Init before
+                the agent's first line runs.
+        """
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._is_done():
             wait = min(next_tick, self._decide_at, self._watch.decide_at) - time.monotonic()
@@ -112,7 +117,7 @@ class NodeAgent:
             remove_segments(self._segments)
             if self._launch.launcher in MPICH_LAUNCHERS and self._lost_ranks:
                 # of ranks that were killed in MPI_Init, before it was known what they had made
-                remove_segments(unused_segments(self._began))
+                remove_segments(unused_segments(began))
         if self._observer is not None:
             self._observer.on_exit()
         self._writer.finish()

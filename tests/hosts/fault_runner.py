@@ -234,11 +234,7 @@ class HostsFaults:
                 end_process(process)
             # an engine that is killed leaves things of its own
             ours = "*" if case.engine == "reference" else "dynamo_mpi*"
-            left = self._left(worker, temporary, before, ours)
-            if launcher.name == "mpich-wheel" and case.phase == "mpi_init":
-                # mpiexec may kill ranks in MPI_Init, before it is known what they have made there
-                left = [trace for trace in left if "dev/shm/mpich_shm_" not in trace]
-            outcome.left += left
+            outcome.left += self._left(worker, temporary, before, ours)
             return outcome
         finally:
             worker.stop()

@@ -75,7 +75,7 @@ def test_the_users_options_and_variables_reach_the_ranks(launch: Launch, slurm: 
 
 
 @pytest.mark.full
-def test_a_mount_that_one_node_lacks_is_named_and_not_tried_again(launch: Launch, slurm: SlurmSession) -> None:
+def test_a_mount_that_one_node_lacks_is_named(launch: Launch, slurm: SlurmSession) -> None:
     # each node has a /dev/shm of its own
     slurm.exec("mkdir", "/dev/shm/only-here", host="n1")
     try:
@@ -86,8 +86,10 @@ def test_a_mount_that_one_node_lacks_is_named_and_not_tried_again(launch: Launch
     says = (
         "agg-0: Pyxis didn't start the container on n2: --container-mounts: source path does not exist: /dev/shm/only"
     )
-    assert says in deployment.text()
-    assert "start 2 of" not in deployment.text()
+    text = deployment.text()
+    assert says in text
+    # where srun has dropped slurmstepd's lines, nothing else shows that the container failed
+    assert text.count("start 2 of") == text.count("slurmd's log there has Pyxis's lines"), text
     assert not deployment.left()
 
 

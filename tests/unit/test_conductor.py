@@ -57,6 +57,7 @@ class Steps:
     prefill: str = SERVE
     decode: str = SERVE
     checks_in_services: bool = False
+    image: str = ""
     probe_script: str = f"echo '{HERE}'; echo '{result(())}'"
     prepare_script: str = "true"
 
@@ -68,7 +69,7 @@ class Steps:
 
     def command(self, name: str, script: str) -> Command:
         ready = self.folder / "ready" / f"{name}.json"
-        words = ("sh", "-c", f"cd {self.folder}; READY={ready}; {script}")
+        words = ("sh", "-c", f"cd {self.folder}; READY={ready}; {script}", *filter(None, [self.image]))
         return Command(name, name, (words,), {LAUNCH_VARIABLE: name})
 
     def worker(self, worker: Worker) -> Command:
@@ -622,6 +623,20 @@ def test_where_etcd_cannot_be_asked_a_death_is_said_and_written_all_the_same(run
         code, said = run(services=with_etcd(f"http://127.0.0.1:{port}"), decode=KILLED)
     assert (code, said.count(WHO)) == (143, 1)
     assert failure_file(tmp_path / "run" / "failures" / "decode-0")["error"] == WHO
+
+
+@pytest.mark.parametrize("image", ["", "--container-image=/a.sqsh"])
+def test_a_task_of_a_container_that_left_with_1_may_be_pyxiss(run: Run, tmp_path: Path, image: str) -> None:
+    # recorded from Slurm 22.05, which has dropped what slurmstepd said on n2
+    lost = (
+        "srun: error: n: task 0: Exited with exit code 1",
+        "srun: launch/slurm: _step_signal: Terminating StepId=1.1",
+        "srun: Force Terminated StepId=1.1",
+    )
+    code, said = run(decode="; ".join(f"echo '{line}'" for line in lost) + "; exit 143", image=image)
+    assert code == 143
+    assert "decode-0 ended with exit code 143: rank 0 on n left with exit code 1, and no rank was left" in said
+    assert ("check n; if its container could not be started, slurmd's log there has" in said) == bool(image)
 
 
 def test_a_launcher_that_says_nothing_is_reported_as_that(run: Run) -> None:
