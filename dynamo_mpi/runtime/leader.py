@@ -113,6 +113,7 @@ class LeaderRank:
                 rank0_address = self._choose_address(settings, reports)
             except DynamoMpiError as error:
                 return self._stop(f"error: {error}", error.exit_code)
+            bind = announce_binding(result.bindings, self._log)
             if settings.preflight_only:
                 return self._stop(result.report, result.exit_code)
             self._log.info(result.report)
@@ -137,7 +138,7 @@ class LeaderRank:
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
             self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
             stage = staging.plan(reports, rank0_address.network if rank0_address else "")
-            spec = spec._replace(bind=announce_binding(result.bindings, self._log), stage=stage)
+            spec = spec._replace(bind=bind, stage=stage)
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
             bind_to_gpu(self._context, spec)
             staging.begin()

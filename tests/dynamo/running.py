@@ -231,6 +231,7 @@ class RunningWorker:
         ranks: int,
         *flags: str,
         name: str = "worker",
+        before: Sequence[str] = (),
         **environment: str,
     ) -> None:
         self.ready_file = folder / ("ready.json" if name == "worker" else f"{name}.json")
@@ -244,7 +245,7 @@ class RunningWorker:
             str(self.ready_file),
             *flags,
         ]
-        command = [find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
+        command = [*before, find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
         # gone with this object; short, for the unix sockets in it
         self._scratch = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
         own = {"TMPDIR": self._scratch.name, "TRTLLM_CACHE_DIR": self._scratch.name}

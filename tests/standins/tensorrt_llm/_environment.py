@@ -53,6 +53,16 @@ def strikes(kind: str, rank: int) -> bool:
     return fault(kind) in (rank, ALL)
 
 
+def configure_cpu_affinity() -> None:
+    """Unbind the main thread, as the real worker does with a rank that launcher or user have bound, unless a variable says what to do."""
+    said = os.environ.get("TLLM_NUMA_AWARE_WORKER_AFFINITY")
+    if said == "1":
+        raise NotImplementedError("the stand-in binds no rank")
+    everything = set(range(os.cpu_count() or 1))
+    if said is None and os.sched_getaffinity(0) != everything:
+        os.sched_setaffinity(os.getpid(), everything)
+
+
 def suffer_before_loading(rank: int) -> None:
     """Raise where the real worker's task does, before it builds its engine."""
     if strikes("raise", rank):

@@ -65,6 +65,7 @@ def worker_main(spec: EngineSpec, worker_queues: WorkerCommIpcAddrs) -> None:
     # apart from the barriers around the task, in which a rank that fails will wait
     comm = _utils.mpi_comm().Dup()
     rank = int(comm.Get_rank())
+    _environment.configure_cpu_affinity()
     _environment.suffer_before_loading(rank)
     status = None
     if rank == 0:
