@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from dynamo_mpi.common.credentials import CLIENT_VARIABLES, variables_in
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.deploy.kubernetes.settings import load_join, load_lead
@@ -107,6 +108,13 @@ def test_our_programs_take_what_the_pods_say(name: str, part: str, template: dic
     assert worker.load_timeout + leading.timeout < LONGEST_START_SECONDS
 
 
+def test_the_guides_services_file_is_one() -> None:
+    guide = (MANIFESTS.parent / "kubernetes.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"jq -n '(\{environment: .*?\})'", guide, re.DOTALL)
+    content = json.loads(re.sub(r"([{ ])([A-Za-z_]+):", r'\1"\2":', program))
+    assert variables_in(content) == content["environment"]
+
+
 @pytest.mark.parametrize(("name", "part", "template"), all_templates())
 def test_what_every_pod_has(name: str, part: str, template: dict[str, Any]) -> None:
     spec = template["spec"]
@@ -114,10 +122,17 @@ def test_what_every_pod_has(name: str, part: str, template: dict[str, Any]) -> N
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     assert spec["automountServiceAccountToken"] is False
-    secret = [variable["name"] for variable in container["env"] if "AUTH" in variable["name"]]
-    assert secret == ["ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD", "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD"]
-    assert [variable["name"] for variable in container["env"] if not re.fullmatch("[A-Z_]+", variable["name"])] == []
-    assert all("secretKeyRef" in variable["valueFrom"] for variable in container["env"] if variable["name"] in secret)
+    environ = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert not set(environ) & set(CLIENT_VARIABLES), "the services file would replace them, and secrets belong there"
+    assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container["env"])
+    folder, _, key = str(environ["DYN_MPI_SERVICES_FILE"]).rpartition("/")
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == folder]
+    assert mount["readOnly"]
+    (volume,) = [volume for volume in spec["volumes"] if volume["name"] == mount["name"]]
+    assert (volume["secret"]["defaultMode"], spec["securityContext"]["fsGroup"]) == (0o440, 1000)
+    guide = (MANIFESTS.parent / "kubernetes.md").read_text(encoding="utf-8")
+    assert f"kubectl create secret generic {volume['secret']['secretName']} --from-file={key}=" in guide
+    assert [name for name in environ if not re.fullmatch("[A-Z_]+", name)] == []
     assert next(volume for volume in spec["volumes"] if volume["name"] == "shm")["emptyDir"]["medium"] == "Memory"
     port = next(port for port in container["ports"] if port["name"] == "system")["containerPort"]
     assert {"name": "DYN_SYSTEM_PORT", "value": str(port)} in container["env"]
