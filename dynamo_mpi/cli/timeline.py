@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Show a start: every rank's phases, the slowest ranks, where it failed. As text, as a page, or as a trace for Perfetto.
 
-Reads the files that workers have written with --timeline, or the folder of `dynamo-mpi launch`, and then shows all workers of the deployment
-and its services on one time axis. Without either, uses the folder of this job, or the only ./dynamo_mpi-* that has timelines.
+Reads the files that workers have written with --timeline, or the run folder of `dynamo-mpi launch` or `local`, and then shows all workers of
+the deployment and its services on one time axis. Without either, uses the folder of this job, or the only ./dynamo_mpi-* that has timelines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.own_files import fix_for, write_own
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
-from dynamo_mpi.deploy.run_files import open_run_dir
+from dynamo_mpi.deploy.run_files import TIMELINES, open_run_dir
 from dynamo_mpi.ops.deployment import select_run_dirs
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.timeline_page import page
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.own_files import OwnFolder
     from dynamo_mpi.telemetry.startup_trace import StartupTrace
 
-FOLDER = "timeline"
-"""The subfolder of a run folder into which workers of `dynamo-mpi launch` write."""
 RUN_DIR = Option(
     "run_dir",
     ("--run-dir",),
@@ -118,14 +116,14 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 
 
 def _has_timelines(run_dir: OwnFolder) -> bool:
-    with run_dir.subfolder(FOLDER) as folder:
+    with run_dir.subfolder(TIMELINES) as folder:
         return bool(folder.names())
 
 
 def _starts_of(run_dir: Path) -> list[StartupTrace]:
-    path = run_dir / FOLDER
+    path = run_dir / TIMELINES
     try:
-        with open_run_dir(run_dir) as parent, parent.subfolder(FOLDER) as folder:
+        with open_run_dir(run_dir) as parent, parent.subfolder(TIMELINES) as folder:
             names = [name for name in folder.names() if name.endswith(".html") or name == "launch.json"]
             files = [path / name for name in names if not name.startswith(".")]
             starts = [start for file in files for start in read_traces(file, folder)]

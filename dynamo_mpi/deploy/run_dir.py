@@ -31,7 +31,16 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.deploy.excluded import EXCLUDED, read_excluded, write_excluded
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, STOP, open_run_dir, read_services, write_object
+from dynamo_mpi.deploy.run_files import (
+    DEPLOYMENT,
+    ENDED,
+    LOCK,
+    STOP,
+    TIMELINES,
+    open_run_dir,
+    read_services,
+    write_object,
+)
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
@@ -175,7 +184,7 @@ class RunDir(_HeldFolder):
     @property
     def milestones(self) -> Path:
         """The file with the durations of the launcher's own steps."""
-        return self.path / "timeline" / "launch.json"
+        return self.path / TIMELINES / "launch.json"
 
     def services(self) -> ServiceAccess | None:
         """Return the content of ``services.json``; None if it doesn't exist yet."""
@@ -229,7 +238,7 @@ class RunDir(_HeldFolder):
                 if name.endswith(".log"):
                     logs.rename(name, f"{name}.old")
         self._clear("ready")
-        self._clear("timeline", ".html", ".json")
+        self._clear(TIMELINES, ".html", ".json")
         for name in (SERVICES, STOP, DEPLOYMENT, ENDED):
             self._folder.remove(name)
         if not read_excluded(self._folder, _job_id()):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEPLOYMENT, ENDED, LOCK, STOP = "deployment.json", "ended.json", "lock", "stop"
+TIMELINES = "timeline"
+"""The subfolder for timelines of the start."""
 
 
 def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:

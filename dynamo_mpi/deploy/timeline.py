@@ -55,6 +55,27 @@ class Milestones:
 _SERVICES = ("etcd", "nats", "frontend")
 
 
+def write_services(path: Path, began: float, seconds: Mapping[str, float]) -> None:
+    """Write the start of a stack's services where `dynamo-mpi timeline` finds it in a run folder. An error in writing it is ignored.
+
+    Args:
+        path: the file.
+        began: when the stack started, in seconds since 1970.
+        seconds: by part, seconds from the start until it answered.
+    """
+    with contextlib.suppress(OSError):
+        write_own(path, f"{json.dumps(encode_traces(_service_starts(began, time.time(), seconds)))}\n".encode())
+
+
+def _service_starts(began: float, written: float, seconds: Mapping[str, float]) -> list[StartupTrace]:
+    host = printable(os.uname().nodename.partition(".")[0])
+    services = tuple(
+        RankTimings(at, host, began, (Span(name, 0.0, None, seconds[name]),))
+        for at, name in enumerate(name for name in _SERVICES if name in seconds)
+    )
+    return [StartupTrace("services", "launch", "", "", "", ENDED, written, None, services)] if services else []
+
+
 def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, seconds: Mapping[str, float]) -> None:
     """Write one timeline of all parts.
 
@@ -68,12 +89,7 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
     Raises:
         UsageError: it can't be written.
     """
-    host = printable(os.uname().nodename.partition(".")[0])
-    services = tuple(
-        RankTimings(at, host, began, (Span(name, 0.0, None, seconds[name]),))
-        for at, name in enumerate(name for name in _SERVICES if name in seconds)
-    )
-    starts = [StartupTrace("services", "launch", "", "", "", ENDED, written, None, services)] if services else []
+    starts = _service_starts(began, written, seconds)
     for page in pages:
         with contextlib.suppress(DynamoMpiError):
             starts += read_traces(page)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
@@ -123,7 +124,14 @@ def test_a_worker_that_ended_on_request_is_not_waited_for(tmp_path: Path, model_
         launch.assert_nothing_left()
 
 
-def test_status_wait_and_down_find_a_local_stack(tmp_path: Path) -> None:
+def roles_in_timeline(run_dir: str, page: Path) -> list[str]:
+    """Return whose starts `dynamo-mpi timeline` draws."""
+    code, _, err = ended(begin("timeline", "--run-dir", run_dir, "-o", str(page)))
+    assert code in (0, 64), err
+    return [start.role for start in read_traces(page)] if code == 0 else []
+
+
+def test_status_wait_timeline_and_down_find_a_local_stack(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--tp", "1", "--keep", "--output", "json") as command:
         run_dir = command.report()["run_dir"]
         command.wait_for_text("serving until")
@@ -135,6 +143,7 @@ def test_status_wait_and_down_find_a_local_stack(tmp_path: Path) -> None:
             ["worker"],
         )
         assert ended(begin("wait", "--run-dir", run_dir), 30)[0] == 0
+        eventually(lambda: roles_in_timeline(run_dir, tmp_path / "start.html") == ["launch", "agg"], "a timeline", 30)
         code, _, err = ended(begin("down", run_dir), 60)
         assert (code, command.wait(10)) == (0, 0), err + command.err
         assert "asked to stop" in command.err

@@ -37,6 +37,7 @@ def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), spec: WorkerSpec = WorkerS
         rank_logs=Path("/run/ranks"),
         scratch=Path("/run/scratch"),
         discovery={"ETCD_ENDPOINTS": "http://127.0.0.1:2379"},
+        timeline=Path("/run/timeline/worker.html"),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.deploy.head_node import services
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, STOP, open_run_dir, write_object
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, STOP, TIMELINES, open_run_dir, write_object
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ class LocalRunFolder:
     def launch_name(self, worker: WorkerSpec) -> str:
         """Return the name by which a worker's records are known as this stack's."""
         return f"{self._path.name}-{worker.name}"
+
+    def timeline(self, worker: WorkerSpec) -> Path:
+        """Return the file for a worker's timeline, where `dynamo-mpi timeline` finds it."""
+        return self._path / TIMELINES / f"{worker.name}.html"
+
+    def write_timeline(self, began: float, seconds: Mapping[str, float]) -> None:
+        """Write the services' start, for `dynamo-mpi timeline`; arguments as in `write_services`."""
+        from dynamo_mpi.deploy.timeline import write_services
+
+        write_services(self._path / TIMELINES / "launch.json", began, seconds)
 
     def describe(self, model: str, url: str = "") -> None:
         """Write ``deployment.json``, as `launch` does.

@@ -156,6 +156,7 @@ class LocalStack(ServiceStack):
         while name not in frontend.models():
             self.wait(frontend.name, f"it does not list {name}")
         self.seconds["ready"] = self.age
+        self._run_folder.write_timeline(time.time() - self.age, self.seconds)
         return Ready(name, frontend.port, workers, self.seconds, self._folder)
 
     def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
@@ -212,7 +213,7 @@ class LocalStack(ServiceStack):
         if self._settings.timeline is not None:
             from dynamo_mpi.deploy.timeline import draw_stack
 
-            pages = [worker.timeline for worker in self._workers.values() if worker.timeline is not None]
+            pages = [worker.timeline for worker in self._workers.values()]
             now = time.time()
             draw_stack(self._settings.timeline, pages, now - self.age, now, self.seconds)
 
@@ -236,7 +237,7 @@ class LocalStack(ServiceStack):
             rank_logs=self.rank_logs if alone else self.rank_logs / spec.name,
             scratch=self._scratch,
             discovery=discovery,
-            timeline=self._folder / f"{spec.name}.html" if self._settings.timeline else None,
+            timeline=self._run_folder.timeline(spec),
             launch=self._run_folder.launch_name(spec),
         )
         worker.rank_logs.mkdir(parents=True)

@@ -137,7 +137,7 @@ class MpirunWorker:
     rank_logs: Path
     scratch: Path
     discovery: Mapping[str, str]
-    timeline: Path | None = None
+    timeline: Path
     launch: str = ""
 
     @property
@@ -150,7 +150,7 @@ class MpirunWorker:
             *(sys.executable, "-m", "dynamo_mpi.worker", "--role", role, "--engine", "reference"),
             *("--model", str(self.model), "--served-model-name", self.served_model_name),
             *("--engine-config", str(self.engine_config), "--ready-file", str(self.ready_file)),
-            *(() if self.timeline is None else ("--timeline", str(self.timeline))),
+            *("--timeline", str(self.timeline)),
             *(() if role == "agg" else ("--kv-network", LOOPBACK)),
         )
         return (*self.mpirun, "-n", str(self.spec.tp_size), *with_pdeathsig(worker, rank_logs=self.rank_logs))
