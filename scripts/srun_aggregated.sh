@@ -29,6 +29,7 @@ Environment (defaults in parentheses):
   ENGINE_CONFIG           (engine_configs/multimodal/llama4/agg.yaml)
   MODALITY                for dynamo.trtllm: text, multimodal (multimodal for a Llama-4 in MODEL_PATH, else text)
   STAGE_DIR               folder on a disk of each node: the model is copied there first, read once for all nodes of a worker (none)
+  CACHE_DIR               folder on the shared file system: compile caches are seeded from there, and written back (none)
   DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
   SRUN_ARGS               further words for srun of each worker
   DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)

@@ -36,7 +36,7 @@ GROUPS: dict[str, Groups] = {
         "output": ("timeline", "output", "verbose"),
     },
     "launch": {
-        "model": ("role", "model", "served_model_name", "modality", "stage_dir", "engine"),
+        "model": ("role", "model", "served_model_name", "modality", "stage_dir", "cache_dir", "engine"),
         "aggregated workers (--role agg)": ("agg_engine_config", "agg_nodes", "agg_workers"),
         "prefill and decode workers (--role disagg)": (
             *("prefill_engine_config", "prefill_nodes", "prefill_workers"),

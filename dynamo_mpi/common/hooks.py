@@ -59,6 +59,10 @@ class WorkerHook:
     def on_staged(self, figures: dict[str, Any]) -> None:
         """Called when all nodes have a copy of the model; ``figures`` as in the worker record."""
 
+    def on_caches(self, figures: dict[str, Any]) -> None:
+        """Called when the ranks' compile caches have been seeded or not, and when they have been written back, then in a thread; ``figures``
+        as in the worker record."""
+
     def on_registered(self, lease: int) -> None:
         """Called when Dynamo's runtime has registered the worker; the lease id is also the instance id."""
 
@@ -110,6 +114,9 @@ class WorkerHooks(WorkerHook):
 
     def on_staged(self, figures: dict[str, Any]) -> None:
         self._call("on_staged", figures)
+
+    def on_caches(self, figures: dict[str, Any]) -> None:
+        self._call("on_caches", figures)
 
     def on_registered(self, lease: int) -> None:
         self._call("on_registered", lease)

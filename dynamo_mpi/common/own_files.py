@@ -6,7 +6,9 @@ afterwards changes nothing. On the way
 
 - a link is followed only if root or this user has made it;
 - for a run folder (``guarded``), no other user may replace what is there: a directory is root's, this user's, or one that its group shares
-  with this user (group-writable); one that every user may write has the sticky bit, as ``/tmp``.
+  with this user (group-writable); one that every user may write has the sticky bit, as ``/tmp``;
+- for files with code that this user will run (``sole``), nor may a member of a group: no directory is writable by a group, without the sticky
+  bit. The folder and its files may be root's.
 
 Files are opened without following a link, without waiting (a FIFO never holds the caller), and used only if they are regular and this user's.
 They are replaced atomically: the new content is written under a random name, then renamed.
@@ -72,15 +74,20 @@ class OwnFolder:
         path: the directory.
         guarded: it must be this user's, and no other user may write in it or replace it.
         create: create it and the directories before it, for this user only, where they don't exist.
+        sole: as ``guarded``; besides, no group may write in it, on the way to it, or in its files, and it may be root's.
 
     Raises:
-        UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` requires.
+        UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` or ``sole`` requires.
         OSError: it can't be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, guarded: bool = False, create: bool = False) -> None:
-        self.path = os.fspath(path)
-        self._descriptor = _walk(self.path, guarded=guarded, create=create)
+    _sole = False
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, guarded: bool = False, create: bool = False, sole: bool = False
+    ) -> None:
+        self.path, self._sole = os.fspath(path), sole
+        self._descriptor = _walk(self.path, guarded=guarded or sole, create=create, sole=sole)
 
     @classmethod
     def _of(cls, path: str, descriptor: int) -> OwnFolder:
@@ -160,7 +167,9 @@ class OwnFolder:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UnsafeFileError(path, "is no regular file")
-            _require_own(path, status)
+            _require_own(path, status, or_root=self._sole)
+            if self._sole and status.st_mode & _WRITABLE_BY_OTHERS:
+                raise UnsafeFileError(path, "is a file that others can write", f"chmod go-w {shell_word(path)}")
             if flags & os.O_ACCMODE != os.O_RDONLY and status.st_nlink > 1:
                 raise UnsafeFileError(path, "has a second name (hard link)")
             if flags & os.O_TRUNC:
@@ -269,7 +278,7 @@ def _parent(path: str | os.PathLike[str]) -> Iterator[tuple[OwnFolder, str]]:
         yield folder, name
 
 
-def _walk(path: str, *, guarded: bool, create: bool) -> int:
+def _walk(path: str, *, guarded: bool, create: bool, sole: bool = False) -> int:
     """Return the descriptor of a directory, see `OwnFolder`."""
     # the current folder may be gone, and an absolute path doesn't need it
     whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
@@ -278,7 +287,7 @@ def _walk(path: str, *, guarded: bool, create: bool) -> int:
     try:
         while parts:
             if guarded:
-                _require_guarded(place, os.fstat(here))
+                _require_guarded(place, os.fstat(here), sole=sole)
             name = parts.pop()
             try:
                 # the flag has automounts mounted
@@ -293,7 +302,7 @@ def _walk(path: str, *, guarded: bool, create: bool) -> int:
             os.close(here)
             here, place = following, os.path.normpath(os.path.join(place, name))
         if guarded:
-            _require_private(place, os.fstat(here))
+            _require_private(place, os.fstat(here), or_root=sole)
     except OSError:
         os.close(here)
         raise
@@ -331,13 +340,13 @@ def _target(path: str, name: str, parent: int, links: int) -> str:
         os.close(link)
 
 
-def _require_own(path: str, status: os.stat_result) -> None:
-    if status.st_uid != os.geteuid():
+def _require_own(path: str, status: os.stat_result, *, or_root: bool = False) -> None:
+    if status.st_uid != os.geteuid() and not (or_root and status.st_uid in _trusted()):
         raise ForeignFileError(path, f"belongs to user {status.st_uid}")
 
 
-def _require_private(path: str, status: os.stat_result) -> None:
-    _require_own(path, status)
+def _require_private(path: str, status: os.stat_result, *, or_root: bool) -> None:
+    _require_own(path, status, or_root=or_root)
     if status.st_mode & _WRITABLE_BY_OTHERS:
         mode = stat.S_IMODE(status.st_mode)
         # a folder such as /tmp must stay as it is
@@ -345,9 +354,11 @@ def _require_private(path: str, status: os.stat_result) -> None:
         raise UnsafeFileError(path, f"is a folder that others can write (mode {mode:04o})", fix)
 
 
-def _require_guarded(path: str, status: os.stat_result) -> None:
+def _require_guarded(path: str, status: os.stat_result, *, sole: bool) -> None:
     """Check a directory on the way to a guarded one."""
-    is_shared = status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
+    if sole and status.st_mode & stat.S_IWGRP and not status.st_mode & stat.S_ISVTX:
+        raise UnsafeFileError(path, "can be written by its group", f"chmod g-w {shell_word(path)}")
+    is_shared = not sole and status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
     if status.st_uid not in _trusted() and not is_shared:
         # root in a container often works in a mount of a user of the host
         fix = f"run as that user (docker run --user {status.st_uid}:{status.st_gid}), or set --run-dir below a folder of root's"

@@ -27,6 +27,7 @@ WORKER: Groups = {
     "hardware checks": ("probe", "probe_strict", "probe_timeout", "probe_seconds", "probe_kv_seconds"),
     "one copy of the model on each node": ("stage", "only_stage", "stage_timeout", "stage_readers", "stage_verify"),
     "time limits": ("world_timeout", "load_timeout", "warmup_timeout", "drain_timeout", "heartbeat_timeout"),
+    "model and kernels on the nodes' disks": ("stage", "stage_timeout", "stage_readers", "stage_verify", "cache"),
     "networks and KV transfer": (
         "liveness_network",
         "kv_network",

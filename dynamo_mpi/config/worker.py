@@ -79,6 +79,7 @@ class Settings:
     stage_timeout: float
     stage_readers: int
     stage_verify: str
+    cache: Path | None
     load_timeout: float
     warmup_timeout: float
     drain_timeout: float

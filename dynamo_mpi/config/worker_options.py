@@ -287,6 +287,15 @@ OPTIONS: tuple[Option, ...] = (
         ("size", "digest"),
     ),
     Option(
+        "cache",
+        ("--cache",),
+        ("DYN_MPI_CACHE",),
+        None,
+        to_folder,
+        "folder on the shared file system with archives of compile caches (Triton, FlashInfer, torch inductor …): each rank gets folders of "
+        "its own on its node, filled from there; what was compiled is written back when the worker is ready",
+    ),
+    Option(
         "load_timeout",
         ("--load-timeout",),
         ("DYN_MPI_LOAD_TIMEOUT",),

@@ -142,10 +142,10 @@ class Srun:
             *(_NO_KILL if self.settings.no_kill else ()),
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
-        stage_dir = self.settings.stage_dir
         ours = self
-        if self.container is not None and stage_dir is not None:
-            ours = replace(self, container=self.container.with_mount(str(stage_dir)))
+        for folder in filter(None, (self.settings.stage_dir, self.settings.cache_dir)):
+            if ours.container is not None:
+                ours = replace(ours, container=ours.container.with_mount(str(folder)))
         return _on_nodes(
             ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), nodes
         )

@@ -122,6 +122,15 @@ OPTIONS: tuple[Option, ...] = (
         "folder on a disk of each node: the nodes of a worker copy the model there, reading its own folder once (the worker's --stage); it "
         "must be there, and is mounted into the image",
     ),
+    Option(
+        "cache_dir",
+        ("--cache-dir",),
+        ("CACHE_DIR",),
+        None,
+        to_folder,
+        "folder on the shared file system with archives of compile caches, from which the workers' ranks are seeded (the worker's --cache); "
+        "it must be there, and is mounted into the image",
+    ),
     *(option for role in ROLES for option in _of_role(role)),
     Option(
         "gpus_per_node", ("--gpus-per-node",), ("NUM_GPUS_PER_NODE",), 4, to_count, "GPUs, and so ranks, of each node"
@@ -226,6 +235,7 @@ class LaunchSettings:
     served_model_name: str | None
     modality: str | None
     stage_dir: Path | None
+    cache_dir: Path | None
     agg_engine_config: str | None
     agg_nodes: int
     agg_workers: int

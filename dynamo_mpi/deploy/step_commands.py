@@ -110,6 +110,7 @@ def worker_environment(settings: LaunchSettings) -> dict[str, str]:
         "SERVED_MODEL_NAME": settings.served_model_name,
         "MODALITY": settings.modality,
         "DYN_MPI_STAGE": None if settings.stage_dir is None else str(settings.stage_dir),
+        "DYN_MPI_CACHE": None if settings.cache_dir is None else str(settings.cache_dir),
     }
     return {name: value for name, value in shared.items() if value is not None}
 

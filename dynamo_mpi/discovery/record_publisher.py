@@ -125,6 +125,10 @@ class RecordPublisher(WorkerHook):
         """Set what staging the model took."""
         self._update(stage=figures)
 
+    def on_caches(self, figures: dict[str, Any]) -> None:
+        """Set how the compile caches were seeded, and what was written back."""
+        self._update(caches=figures)
+
     def on_failure_detected(self) -> None:
         """Delete the record."""
         self.unpublish()

@@ -124,6 +124,7 @@ class WorkerRecord:
         process_start: when rank 0's process began, as ``BOOT_ID:TICKS`` (since boot); None if that isn't known, or from an older writer.
         stage: what copying the model to the nodes took: path, bytes, nodes and seconds; None if it wasn't copied.
         binding: the CPUs and the NUMA node of each rank, by ranks: kind, cpus, node; None if they aren't known.
+        caches: how the compile caches were seeded, and what was written back; None if they were left alone.
     """
 
     role: str
@@ -155,6 +156,7 @@ class WorkerRecord:
     process_start: str | None = None
     stage: dict[str, Any] | None = None
     binding: dict[str, Any] | None = None
+    caches: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -200,6 +202,7 @@ class WorkerRecord:
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
             stage=stage if isinstance(stage := content.get("stage"), dict) else None,
             binding=binding if isinstance(binding := content.get("binding"), dict) else None,
+            caches=caches if isinstance(caches := content.get("caches"), dict) else None,
         )
 
     @property

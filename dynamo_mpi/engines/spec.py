@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
 
 
+COMPILING = frozenset({"trtllm"})
+"""Engines that compile or tune kernels while they start, and keep them where `dynamo_mpi.stage.compile_caches` says."""
+
+
 class EngineSpec(NamedTuple):
     """The engine to build. The engine chooses sizes that are None.
 
@@ -31,6 +35,7 @@ class EngineSpec(NamedTuple):
         probe: the hardware checks that run before the engine is built, from `HardwareCheckPlan.pack`; empty for none.
         bind: the CPUs and memory nodes to which ranks bind themselves, from `checks.binding.pack`; empty for none.
         stage: what is copied to the nodes before the engine is built, from `StagePlan.pack`; empty for nothing.
+        caches: from where the ranks' compile caches are seeded, from `CachePlan.pack`; empty to leave them alone.
     """
 
     engine: str
@@ -49,6 +54,7 @@ class EngineSpec(NamedTuple):
     probe: str = ""
     bind: str = ""
     stage: str = ""
+    caches: str = ""
 
     def pack(self) -> bytes:
         """Encode it for the broadcast."""

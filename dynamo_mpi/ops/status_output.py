@@ -133,7 +133,7 @@ def _nodes(status: DeploymentStatus) -> list[str]:
 
 SCHEMA = 1
 # for partners, not for operators
-_HIDDEN = ("contract", "probe", "stage")
+_HIDDEN = ("contract", "probe", "stage", "caches")
 
 
 def as_json(status: DeploymentStatus) -> dict[str, Any]:

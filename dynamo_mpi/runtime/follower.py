@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.mpi.world import World
+    from dynamo_mpi.stage.cache_session import CacheSession
     from dynamo_mpi.stage.session import Staging
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
     from dynamo_mpi.supervisor.context import RankContext
@@ -93,14 +94,20 @@ def run_follower(
     signals.begin(partial(_forward_signal, agent, heartbeat))
     bind_to_gpu(context, spec)
     try:
+        caches = _begin_caches(context, spec, heartbeat) if spec.caches else None
         staging = _begin_staging(world, spec) if spec.stage else None
         stopped = _check_hardware(world, spec, phases) if spec.probe else None
-        if staging is not None:
-            if stopped is None:
-                spec, stopped = _finish_staging(world, spec, staging, phases)
-            else:
-                staging.cancel()
+        if stopped is not None and staging is not None:
+            staging.cancel()
+        elif stopped is None and (staging is not None or caches is not None):
+            with phases.enter("stage"):
+                if staging is not None:
+                    spec, stopped = _finish_staging(world, spec, staging, phases)
+                if caches is not None and stopped is None:
+                    caches.finish(world)
         code = _follow(context, spec, heartbeat) if stopped is None else stopped
+        if caches is not None:
+            caches.remove()
     except Exception as error:  # any error: the other ranks may be inside the engine's collectives
         heartbeat.report_failure(error)
     with phases.enter("exit"):
@@ -128,6 +135,19 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
     return message[1] if message[:1] == STOP else None
 
 
+def _begin_caches(context: RankContext, spec: EngineSpec, heartbeat: HeartbeatClient) -> CacheSession:
+    from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, write_back
+
+    agent = context.agent
+    session = CacheSession(
+        context.world.rank, CachePlan.unpack(spec.caches), os.environ, lambda folder: agent.send(f"caches {folder}")
+    )
+    # rank 0 serves: the worker is ready
+    heartbeat.on_phase(lambda name: write_back(session, heartbeat.send_caches) if name == "serve" else None)
+    session.begin()
+    return session
+
+
 def _begin_staging(world: World, spec: EngineSpec) -> Staging:
     from dynamo_mpi.stage.plan import StagePlan
     from dynamo_mpi.stage.session import Staging
@@ -141,14 +161,13 @@ def _finish_staging(
     world: World, spec: EngineSpec, staging: Staging, phases: PhaseTracker
 ) -> tuple[EngineSpec, int | None]:
     """Wait for the copies of the model; return the spec with the folder to load from, and the exit code if rank 0 stops the world."""
-    with phases.enter("stage"):
-        staging.finish()
-        phases.mark_local_done()
-        message = world.broadcast()
-        if message[:1] == STOP:
-            return spec, message[1]
-        path = message[1:].decode("utf-8", "surrogateescape")
-        staging.accept(path)
+    staging.finish()
+    phases.mark_local_done()
+    message = world.broadcast()
+    if message[:1] == STOP:
+        return spec, message[1]
+    path = message[1:].decode("utf-8", "surrogateescape")
+    staging.accept(path)
     return spec._replace(model_dir=path or spec.model_dir), None
 
 

@@ -24,6 +24,7 @@ from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
+from dynamo_mpi.runtime.leader_caches import LeaderCaches
 from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
 from dynamo_mpi.runtime.rank_binding import announce_binding, bind_to_gpu
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
@@ -64,6 +65,7 @@ class LeaderRank:
         self._supervisor: WorldSupervisor | None = None
         self._signals: ShutdownSignals | None = None
         self._staging: LeaderStaging | None = None
+        self._caches: LeaderCaches | None = None
 
     def run(self) -> int:
         """Run all phases.
@@ -138,14 +140,16 @@ class LeaderRank:
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
             self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
             stage = staging.plan(reports, rank0_address.network if rank0_address else "")
-            spec = spec._replace(bind=bind, stage=stage)
+            self._caches = caches = LeaderCaches(self._context, settings, self._hooks)
+            spec = spec._replace(bind=bind, stage=stage, caches=caches.plan(result.subject, inputs, reports))
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
             bind_to_gpu(self._context, spec)
+            caches.begin()
             staging.begin()
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
             supervisor.close()
             return refused
-        copy, code = self._finish_staging(staging, supervisor)
+        copy, code = self._finish_staging(staging, supervisor, caches)
         if code is not ExitCode.OK:
             return code
         spec = spec._replace(model_dir=copy or spec.model_dir)
@@ -186,10 +190,18 @@ class LeaderRank:
             supervisor.close()
         return code
 
-    def _finish_staging(self, staging: LeaderStaging, supervisor: WorldSupervisor) -> tuple[str, ExitCode]:
+    def _finish_staging(
+        self, staging: LeaderStaging, supervisor: WorldSupervisor, caches: LeaderCaches | None = None
+    ) -> tuple[str, ExitCode]:
         """Return the copy's folder, empty for the model's own; or end the world in order, and return the exit code."""
+        if not staging.is_on and (caches is None or not caches.is_on):
+            return "", ExitCode.OK
         try:
-            return staging.finish(), ExitCode.OK
+            with self._phases.enter("stage"):
+                copy = staging.finish()
+                if caches is not None:
+                    caches.finish(supervisor)
+            return copy, ExitCode.OK
         except DynamoMpiError as error:
             supervisor.report_orderly_failure(error)
             self._release_ranks(error.exit_code)
@@ -328,6 +340,8 @@ class LeaderRank:
         self._hooks.on_shutdown(code)
         if self._staging is not None:
             self._staging.cancel()
+        if self._caches is not None:
+            self._caches.remove()
         message = STOP + bytes([code])
         if self._supervisor is None:
             self._world.broadcast(message)

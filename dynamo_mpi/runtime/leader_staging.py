@@ -59,6 +59,11 @@ class LeaderStaging:
         self._began = self._due = 0.0
         self._interval = settings.progress_interval
 
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to do."""
+        return self._plan is not None
+
     def plan(self, reports: Sequence[RankReport], network: str) -> str:
         """Return what to stage, for `EngineSpec`; empty for nothing.
 
@@ -99,7 +104,7 @@ class LeaderStaging:
             self._staging.cancel()
 
     def finish(self) -> str:
-        """Wait until all nodes have a copy. Collective.
+        """Wait until all nodes have a copy, in the phase ``stage``. Collective.
 
         Returns:
             The folder of the copies, the same on all nodes; empty to load from the model's own folder.
@@ -112,15 +117,14 @@ class LeaderStaging:
             return ""
         from dynamo_mpi.stage.session import describe
 
-        with self._phases.enter("stage"):
-            outcome = self._staging.finish()
-            self._phases.mark_local_done()
-            if outcome.problem:
-                self._warn(outcome.problem)
-            else:
-                self._log.info(describe(outcome.figures), dict(outcome.figures))
-                self._hooks.on_staged(dict(outcome.figures))
-            self._world.broadcast(CONTINUE + os.fsencode(outcome.path))
+        outcome = self._staging.finish()
+        self._phases.mark_local_done()
+        if outcome.problem:
+            self._warn(outcome.problem)
+        else:
+            self._log.info(describe(outcome.figures), dict(outcome.figures))
+            self._hooks.on_staged(dict(outcome.figures))
+        self._world.broadcast(CONTINUE + os.fsencode(outcome.path))
         return outcome.path
 
     def _warn(self, problem: str) -> None:

@@ -13,4 +13,13 @@ member      what every node does: sends extents to its successor; a node that ha
 transfer    the part of a node that makes a copy: its readers, and its streams from its predecessor
 helper      the process of a node that does all this
 session     a rank's side: all ranks start, await and judge the staging together
+
+And keeps compile caches: each rank has folders of its own, seeded from an archive on the shared file system.
+
+compile_caches  the libraries, and the variable that each honours
+cache_key       what makes an archive valid for a worker
+cache_archive   one rank's files as one file
+cache_store     the archives on the shared file system
+cache_helper    the process that reads and writes them
+cache_session   a rank's side
 """

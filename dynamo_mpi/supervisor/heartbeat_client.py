@@ -122,6 +122,10 @@ class HeartbeatClient:
         """Call ``callback`` with the reason as soon as it is known that the world ends by a failure. From any thread; it must be quick."""
         self._abort_callbacks.append(callback)
 
+    def send_caches(self, result: bytes) -> None:
+        """Send rank 0 what this rank has written of its compile caches. From any thread."""
+        self._send(Frame(FrameType.CACHES, result[:MAX_BODY]))
+
     def close(self) -> None:
         """Send rank 0 a GOODBYE frame and close the connection: this rank shuts down in order. Idempotent."""
         self._closing = True

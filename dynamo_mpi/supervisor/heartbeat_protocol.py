@@ -6,7 +6,7 @@
     rank 0: WELCOME(MAC)
     rank 0: HEARTBEAT, STACKS_REQUEST, PHASE(name), ABORTING, GOODBYE
     rank:   HEARTBEAT, PHASE(name), TIMINGS(`progress.pack_timings`), STACKS(text), FAILED(exit code, phase, sequence, text),
-            SIGNAL(number, repeated), GOODBYE
+            SIGNAL(number, repeated), CACHES(JSON), GOODBYE
     agents: AGENT(JSON), between the node agents, see `agent_network`
 
 A frame is a header of fixed size and a body of at most `MAX_BODY` bytes, or `MAX_UNAUTHENTICATED_BODY` before authentication. Received data
@@ -60,6 +60,7 @@ class FrameType(IntEnum):
     SIGNAL = 12
     TIMINGS = 13
     AGENT = 14
+    CACHES = 15
 
 
 class Frame(NamedTuple):

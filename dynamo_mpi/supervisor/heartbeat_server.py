@@ -55,11 +55,13 @@ class RankEvents(NamedTuple):
         on_failure: with each failure.
         on_signal: with a rank and a signal that it got.
         on_timings: with a rank and the body of its TIMINGS frame.
+        on_caches: with a rank and the body of its CACHES frame.
     """
 
     on_failure: Callable[[Failure], None]
     on_signal: Callable[[int, SignalMessage], None]
     on_timings: Callable[[int, bytes], None] = lambda *_: None
+    on_caches: Callable[[int, bytes], None] = lambda *_: None
 
 
 class HeartbeatServer:
@@ -241,6 +243,8 @@ class HeartbeatServer:
             peer.phase = frame.body.decode("utf-8", "replace")
         elif frame.kind is FrameType.TIMINGS:
             self._events.on_timings(peer.number, frame.body)
+        elif frame.kind is FrameType.CACHES:
+            self._events.on_caches(peer.number, frame.body)
         elif frame.kind is FrameType.GOODBYE:
             peer.done = True
         elif frame.kind is FrameType.SIGNAL:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a killed rank leaves on its node: processes that it started, and MPI's segments in /dev/shm. Nothing else is ended or removed.
+"""What a killed rank leaves on its node: processes that it started, its compile caches, and MPI's segments in /dev/shm. Nothing else is
+ended or removed.
 
 A process that called ``exec`` is identified by the mark that the rank put into its own environment; one that was only forked, by the rank's
 connection to its node agent, which it inherited. Both work even if the parent is gone, and no foreign process has them by chance.
@@ -47,6 +48,22 @@ def end_descendants(mark: str, inode: int, excluded: frozenset[int] = frozenset(
         if not found:
             break
     return ended
+
+
+def clear_after(mark: str, inode: int, excluded: frozenset[int], caches: str) -> None:
+    """Kill the remaining descendants of a rank that has exited, then remove its folder of compile caches. Does not raise.
+
+    Args:
+        mark: as in `end_descendants`.
+        inode: likewise.
+        excluded: likewise.
+        caches: the folder; empty for none.
+    """
+    end_descendants(mark, inode, excluded)
+    if caches:
+        from dynamo_mpi.common.claimed_folder import remove_claimed
+
+        remove_claimed(caches)
 
 
 def _descendants(mark: str, inode: int) -> Iterator[int]:

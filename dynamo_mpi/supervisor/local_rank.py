@@ -50,6 +50,8 @@ class LocalRank:
         self.inode = 0
         # MPI shared memory that the rank has mapped
         self.segments: frozenset[str] = frozenset()
+        # its folder of compile caches
+        self.caches = ""
         self.exit_status: int | None = None
         self.preflight_done = False
         # it shuts down in order
@@ -96,6 +98,8 @@ class LocalRank:
             self.stacks = value.replace("\v", "\n")
         elif key == "segments":
             self.segments |= frozenset(value.split())
+        elif key == "caches":
+            self.caches = value
         elif key == "detach":
             self.detached = True
         else:

@@ -25,7 +25,7 @@ from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_ended
-from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of, unused_segments
+from dynamo_mpi.supervisor.leftovers import clear_after, remove_segments, segments_of, unused_segments
 from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -188,7 +188,7 @@ class NodeAgent:
         if observer := self._observer_of(local):
             observer.on_exit()
         if local.mark:
-            self._writer.later(partial(end_descendants, local.mark, local.inode, excluded))
+            self._writer.later(partial(clear_after, local.mark, local.inode, excluded, local.caches))
 
     def _handle_message(self, local: LocalRank, line: str) -> None:
         """Handle a line that a rank of this node sends about itself."""

@@ -91,6 +91,7 @@ class WorldSupervisor:
         # a SimpleQueue, because a signal handler may put into it at any time
         self._failures_seen: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
+        self._caches: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
         self._forwarded_at = -math.inf
         self._server: HeartbeatServer | None = None
         self.rendezvous = self._create_rendezvous(config)
@@ -122,7 +123,12 @@ class WorldSupervisor:
                 listener,
                 lambda: self._phases.current,
                 lambda rank: self._ranks[rank].host,
-                RankEvents(self._failures_seen.put, self._on_signal_of_rank, self.tracker.update),
+                RankEvents(
+                    self._failures_seen.put,
+                    self._on_signal_of_rank,
+                    self.tracker.update,
+                    lambda rank, body: self._caches.put((rank, body)),
+                ),
             )
         except OSError as error:
             raise cannot_listen(address, error) from None
@@ -153,6 +159,13 @@ class WorldSupervisor:
     def stacks(self) -> dict[int, str]:
         """Return the stacks of the ranks that answer within 2 s."""
         return {0: dump_stacks()} if self._server is None else self._server.stacks()
+
+    def next_caches(self, seconds: float) -> tuple[int, bytes] | None:
+        """Wait for what another rank has written of its compile caches; return the rank and its result, None after ``seconds``."""
+        try:
+            return self._caches.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     def note_signal(self, number: int) -> None:
         """Report to the node agent that rank 0 got a signal: if it exits soon, that is not a failure."""

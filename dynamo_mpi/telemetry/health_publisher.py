@@ -40,6 +40,7 @@ class WorldStatus(WorkerHook):
         severities: severities of the preflight's findings.
         hardware: severities of the hardware checks' findings.
         staged: what staging the model took; None if it wasn't staged.
+        caches: how the compile caches were seeded and written back; None if they were left alone.
         tracker: the ranks' progress, once they are watched.
     """
 
@@ -49,6 +50,7 @@ class WorldStatus(WorkerHook):
         self.severities: Sequence[Severity] = ()
         self.hardware: Sequence[Severity] = ()
         self.staged: dict[str, Any] | None = None
+        self.caches: dict[str, Any] | None = None
         self.tracker: ProgressTracker | None = None
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
@@ -58,6 +60,10 @@ class WorldStatus(WorkerHook):
     def on_staged(self, figures: dict[str, Any]) -> None:
         """Note what staging took."""
         self.staged = figures
+
+    def on_caches(self, figures: dict[str, Any]) -> None:
+        """Note what became of the compile caches."""
+        self.caches = figures
 
     def on_ready(self) -> None:
         """Count the worker as ready."""
@@ -118,6 +124,7 @@ class WorldStatus(WorkerHook):
             self._in_flight,
             self.hardware,
             self.staged,
+            self.caches,
         )
         return metrics_of_world(numbers)
 

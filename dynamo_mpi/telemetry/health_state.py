@@ -20,7 +20,7 @@ _WAITS_FOR = {
     "mpi_init": "all ranks of all nodes to start MPI",
     "preflight": "rank 0's verdict",
     "hardware_check": "the checks of the GPUs and of the links between the ranks",
-    "stage": "all nodes to have a copy of the model",
+    "stage": "all nodes to have a copy of the model, and the ranks their compile caches",
     "load": "all ranks to load the model",
     "warmup": "the first completion over all ranks",
     "register": "Dynamo's registration",

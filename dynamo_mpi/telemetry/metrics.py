@@ -111,6 +111,7 @@ class WorldNumbers(NamedTuple):
         in_flight: number of requests in flight; None if it isn't known.
         hardware: severities of the hardware checks' findings.
         staged: what staging the model took, as in the worker record; None if it wasn't staged.
+        caches: how the compile caches were seeded and written back, as in the worker record; None if they were left alone.
     """
 
     ranks: Sequence[RankTimings]
@@ -121,6 +122,7 @@ class WorldNumbers(NamedTuple):
     in_flight: int | None = None
     hardware: Sequence[Severity] = ()
     staged: Mapping[str, Any] | None = None
+    caches: Mapping[str, Any] | None = None
 
 
 def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
@@ -176,6 +178,23 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
                 for what, member in (("model", "bytes"), ("read", "read_bytes"))
                 if numbers.staged is not None
             ),
+        ),
+        Metric(
+            "dynamo_mpi_compile_cache_files",
+            "gauge",
+            "Files of the ranks' compile caches: seeded from the archive (on the rank that has the most), and new ones that were written "
+            "back (of all ranks); absent without --cache.",
+            tuple(
+                Sample(numbers.caches[member], {"what": what})
+                for what, member in (("seeded", "files"), ("written", "new_files"))
+                if numbers.caches is not None
+            ),
+        ),
+        Metric(
+            "dynamo_mpi_compile_cache_seconds",
+            "gauge",
+            "How long seeding the compile caches took on the slowest rank; absent without --cache.",
+            () if numbers.caches is None else (Sample(numbers.caches["seconds"]),),
         ),
         Metric("dynamo_mpi_exit_code", "gauge", "The world's exit code; absent until it has ended.", ended),
     )

@@ -52,6 +52,7 @@ def metrics() -> str:
         in_flight=3,
         hardware=severities,
         staged={"bytes": 9, "read_bytes": 9},
+        caches={"files": 9, "new_files": 9, "seconds": 9.0},
     )
     of_ranks = sources.render_metrics(sources.metrics_of_world(numbers))
     text = sources.metrics_of(state._replace(metrics=of_ranks), ready=False)

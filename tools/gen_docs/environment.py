@@ -179,6 +179,27 @@ VARIABLES = (
         "a folder for the caches of TensorRT-LLM and the ranks' FlashInfer workspaces; one workspace for all ranks; 0: FlashInfer's own",
     ),
     Variable(
+        (
+            "TRITON_CACHE_DIR",
+            "TORCHINDUCTOR_CACHE_DIR",
+            "TORCH_EXTENSIONS_DIR",
+            "DG_JIT_CACHE_DIR",
+            "TRTLLM_DG_CACHE_DIR",
+            "TRTLLM_DG_JIT_DUMP_CUBIN",
+            "CUTE_DSL_CACHE_DIR",
+            "TLLM_AUTOTUNER_CACHE_PATH",
+            "CUDA_CACHE_PATH",
+        ),
+        "user, ranks → the libraries",
+        "where each keeps what it has compiled; with `--cache` the ranks set them, and the two of the row above, where the user hasn't "
+        "([compile caches](../guides/caches.md))",
+    ),
+    Variable(
+        ("TRITON_HOME", "TRITON_CACHE_MANAGER", "CUDA_CACHE_DISABLE", "TRTLLM_DEEP_GEMM_CACHE_PER_PROCESS"),
+        "user → the libraries",
+        "other ways to say where, or that there is no cache: with `--cache` that library is left alone",
+    ),
+    Variable(
         ("FLASHINFER_CUBIN_DIR", "TRTLLM_FLASHINFER_WORKSPACE_MANAGED"),
         "ranks → FlashInfer, TensorRT-LLM",
         "set with a rank's workspace, as TensorRT-LLM's launcher does; the first only where the user hasn't",

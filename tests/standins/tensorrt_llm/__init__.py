@@ -22,6 +22,8 @@ Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_
     loop crashed, or hangs), ``slow:SECONDS`` (every rank takes that long to load),
     ``lose-lease:SECONDS`` (that long after loading, the process that holds the LLM ends in order without having been asked,
     with code 0), ``unhealthy:SECONDS`` (that long after loading, the LLM is found dead), ``nan:0`` (log probabilities are no numbers).
+``STANDIN_TRTLLM_KERNELS``
+    How many kernels each rank compiles while it loads, see `_compiling`; none without it.
 ``STANDIN_TRTLLM_END_SECONDS``
     How long the process that holds the LLM goes on after a failed start.
 """

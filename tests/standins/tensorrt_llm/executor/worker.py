@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.engines.protocol import Engine, EngineLimits, RequestError, TokenChunk
 from dynamo_mpi.engines.reference.factory import build_reference_engine
 from dynamo_mpi.engines.spec import EngineSpec
-from tensorrt_llm import _environment, _utils
+from tensorrt_llm import _compiling, _environment, _utils
 from tensorrt_llm.logger import logger
 
 from .ipc import ZeroMqQueue
@@ -48,6 +48,7 @@ def load_engine(spec: EngineSpec, comm: MPI.Intracomm) -> Engine:
     """Load this rank's part. Collective."""
     engine = build_reference_engine(spec, comm, _utils.local_mpi_size())
     _environment.suffer_while_loading(int(comm.Get_rank()))
+    _compiling.compile_kernels(int(comm.Get_rank()))
     engine.load()
     return engine
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that reads or writes archives of compile caches for a rank: ``python -m dynamo_mpi.stage.cache_helper``.
+
+It is a process of its own, so that a file system that hangs doesn't hang the rank, and so that packing takes neither the interpreter nor the
+core of a rank that serves. It gets one JSON line on stdin, and answers with one on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from typing import IO, Any
+
+from dynamo_mpi.common.own_files import UnsafeFileError, reason
+from dynamo_mpi.common.process import set_process_title
+from dynamo_mpi.stage.cache_archive import ArchiveError, Contents, contents_of, copy_checked, pack, unpack
+from dynamo_mpi.stage.cache_store import Part, look, publish, read_part, write_part
+
+TITLE = "dynamo_mpi: compile caches"
+"""The process's title."""
+SEEDED = ".lock-seeded.json"
+"""What a rank's folder had when it was seeded; like all names that begin so, it isn't part of an archive."""
+_SPARE_BYTES = 256 << 20
+_NICE = 19
+
+
+def seed(request: dict[str, Any]) -> dict[str, Any]:
+    """Unpack a rank's part of an archive into its folder."""
+    began, folder, part = time.monotonic(), str(request["folder"]), Part(*request["part"])
+    free = os.statvfs(folder)
+    if free.f_bavail * free.f_frsize < 2 * part.size + _SPARE_BYTES:
+        raise ArchiveError(f"{folder} has too little room: {free.f_bavail * free.f_frsize} bytes")
+    # on this node's disk: what is checked is what is unpacked, whatever happens to the shared file meanwhile
+    with tempfile.TemporaryFile(dir=folder) as copy:
+        read_part(request["source"], part, lambda source: copy_checked(source, copy, part.size, part.digest))
+        copy.seek(0)
+        unpack(copy, folder)
+    contents = contents_of(folder)
+    with open(os.path.join(folder, SEEDED), "w", encoding="utf-8") as file:
+        json.dump({"part": list(part), "files": contents.files}, file)
+    return {"files": len(contents.files), "bytes": contents.size, "seconds": round(time.monotonic() - began, 3)}
+
+
+def save(request: dict[str, Any]) -> dict[str, Any]:
+    """Write a rank's part of an archive, if something is new in its folder."""
+    os.nice(_NICE)
+    folder = str(request["folder"])
+    before, old = Contents({}), None
+    with contextlib.suppress(OSError), open(os.path.join(folder, SEEDED), encoding="utf-8") as file:
+        seeded = json.load(file)
+        before = Contents({path: (size, at) for path, (size, at) in seeded["files"].items()})
+        old = Part(*seeded["part"])
+    new = contents_of(folder).new_beside(before)
+    if old is not None and not new:
+        return {"part": list(old), "new": 0}
+    packed: list[Contents] = []
+
+    def write(target: IO[bytes]) -> tuple[str, int]:
+        digest, contents = pack(folder, target)
+        packed.append(contents)
+        return digest, len(contents.files)
+
+    part = write_part(request["target"], write)
+    return {"part": list(part), "new": packed[-1].new_beside(before)}
+
+
+def handle(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request; a problem if it can't be done."""
+    try:
+        if request["do"] == "look":
+            found = look(request["folders"], request["key"], request["ranks"])
+            return {} if found is None else {"folder": found.folder, "parts": [list(part) for part in found.parts]}
+        if request["do"] == "seed":
+            return seed(request)
+        if request["do"] == "save":
+            return save(request)
+        return {"removed": publish(request["target"], request["key"], [Part(*part) for part in request["parts"]])}
+    except UnsafeFileError as error:
+        return {"problem": reason(error), "refused": True}
+    except ArchiveError as error:
+        return {"problem": f"{request.get('source', '')}: {error}".lstrip(": ")}
+    except OSError as error:
+        return {
+            "problem": f"{error.filename or request.get('source') or request.get('target') or ''}: {reason(error)}".lstrip(
+                ": "
+            )
+        }
+
+
+def main() -> None:
+    """Run as a rank's helper."""
+    set_process_title(TITLE)
+    # so that what is written in part is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # a rank is often bound to one core; the kernel keeps this within the job's own
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    answer = handle(json.loads(sys.stdin.readline()))
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

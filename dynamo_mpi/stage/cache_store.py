@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The archives of compile caches on the shared file system: ``DIR/dynamo-mpi-UID/NAME/``, NAME with a digest of the key.
+
+    index.json      the key in full, and for each rank its file's digest; replaced as a whole, by rank 0 of one worker
+    DIGEST.tar      one rank's files, by the digest of its bytes; written under another name, then renamed
+
+No lock is needed, which not all shared file systems have: files are never changed, and the last index counts. The one before stays valid
+until the next is written. All of it is code that ranks will run: a folder or file that anybody but this user or root could have written
+is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.common.own_files import OwnFolder
+from dynamo_mpi.stage.cache_archive import ArchiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+INDEX, PREVIOUS = "index.json", "previous.json"
+_SUFFIX = ".tar"
+_TEMPORARY = ".part-"
+_VERSION = 1
+_MAX_INDEX_BYTES = 16 << 20
+_ORPHAN_SECONDS = 3600.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Part(NamedTuple):
+    """One rank's file.
+
+    Args:
+        digest: SHA-256 of its bytes, hexadecimal.
+        size: its bytes.
+        files: the files in it.
+    """
+
+    digest: str
+    size: int
+    files: int
+
+
+class Found(NamedTuple):
+    """An archive for all ranks.
+
+    Args:
+        folder: where it is.
+        parts: its files, by rank.
+    """
+
+    folder: str
+    parts: tuple[Part, ...]
+
+
+def name_of(model: str, key: Mapping[str, Any]) -> str:
+    """Return the name of the archive for a key: readable, and with a digest of all of it."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    label = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(model.rstrip("/")))[:60].lstrip(".")
+    return f"{label or 'model'}-{digest}"
+
+
+def folders_of(directory: str, name: str) -> tuple[str, ...]:
+    """Return where an archive may be: this user's own, then one that root has made for all."""
+    return tuple(os.path.join(directory, f"dynamo-mpi-{user}", name) for user in dict.fromkeys((os.geteuid(), 0)))
+
+
+def look(folders: Sequence[str], key: Mapping[str, Any], ranks: int) -> Found | None:
+    """Return the first archive for this key; None if there is none.
+
+    Raises:
+        ArchiveError: there is one, and its index is of something else.
+        UnsafeFileError: there is one, and others could have written it.
+        OSError: it can't be read.
+    """
+    for path in folders:
+        try:
+            with OwnFolder(path, sole=True) as folder:
+                parts, written_for = _parts_of(folder.read(INDEX, _MAX_INDEX_BYTES))
+        except FileNotFoundError:
+            continue
+        if written_for != json.loads(json.dumps(key)) or len(parts) != ranks:
+            raise ArchiveError(f"{path}/{INDEX} is of another engine, GPU, driver, model or layout")
+        return Found(path, parts)
+    return None
+
+
+def read_part(path: str, part: Part, use: Callable[[IO[bytes]], object]) -> None:
+    """Call ``use`` with an open part.
+
+    Raises:
+        UnsafeFileError: others could have written it.
+        OSError: it can't be read.
+    """
+    with OwnFolder(path, sole=True) as folder:
+        descriptor = folder.open(f"{part.digest}{_SUFFIX}", os.O_RDONLY)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        use(file)
+
+
+def write_part(path: str, write: Callable[[IO[bytes]], tuple[str, int]]) -> Part:
+    """Write one rank's file; it is stored before it has its name.
+
+    Args:
+        path: the archive's folder, created if it is missing.
+        write: called with the open file; returns its digest and the number of files in it.
+
+    Raises:
+        UnsafeFileError: others could write there.
+        OSError: it can't be written.
+    """
+    with OwnFolder(path, sole=True, create=True) as folder:
+        temporary = f"{_TEMPORARY}{os.urandom(8).hex()}"
+        descriptor = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            with os.fdopen(descriptor, "w+b") as file:
+                digest, files = write(file)
+                file.flush()
+                os.fsync(descriptor)
+                size = os.fstat(descriptor).st_size
+            folder.rename(temporary, f"{digest}{_SUFFIX}")
+        except BaseException:
+            folder.remove(temporary)
+            raise
+    return Part(digest, size, files)
+
+
+def publish(path: str, key: Mapping[str, Any], parts: Sequence[Part]) -> int:
+    """Make the ranks' files the archive for this key, at once; return how many files were removed that no index names any more.
+
+    Raises:
+        UnsafeFileError: others could write there.
+        OSError: it can't be written.
+    """
+    index = {"version": _VERSION, "at": time.time(), "key": key, "parts": [list(part) for part in parts]}
+    with OwnFolder(path, sole=True, create=True) as folder:
+        with contextlib.suppress(OSError):
+            # a worker that starts now may still read the files of this one
+            folder.write(PREVIOUS, folder.read(INDEX, _MAX_INDEX_BYTES))
+        folder.write(INDEX, json.dumps(index).encode(), sync=True)
+        kept = {part.digest for part in parts}
+        with contextlib.suppress(OSError, ArchiveError):
+            kept |= {part.digest for part in _parts_of(folder.read(PREVIOUS, _MAX_INDEX_BYTES))[0]}
+        return _remove_orphans(path, folder, kept)
+
+
+def _remove_orphans(path: str, folder: OwnFolder, kept: set[str]) -> int:
+    removed = 0
+    for name in folder.names():
+        is_part = name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX) not in kept
+        if not (is_part or name.startswith((_TEMPORARY, f".{INDEX}."))):
+            continue
+        with contextlib.suppress(OSError):
+            # a younger one may be of a worker that is about to write its index
+            if time.time() - os.lstat(os.path.join(path, name)).st_mtime > _ORPHAN_SECONDS:
+                folder.remove(name)
+                removed += 1
+    return removed
+
+
+def _parts_of(content: bytes) -> tuple[tuple[Part, ...], Any]:
+    try:
+        index = json.loads(content)
+        if index["version"] != _VERSION:
+            raise ValueError
+        parts = tuple(Part(str(digest), int(size), int(files)) for digest, size, files in index["parts"])
+        if not all(_DIGEST.fullmatch(part.digest) and part.size >= 0 for part in parts):
+            raise ValueError
+        return parts, index["key"]
+    except (ValueError, KeyError, TypeError):
+        raise ArchiveError(f"its {INDEX} is no index of this version") from None

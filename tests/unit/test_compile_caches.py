@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile caches without MPI: which variables are set, what makes an archive valid, what is packed, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_facts import RankFacts
+from dynamo_mpi.checks.rank_report import ComparedFile
+from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
+from dynamo_mpi.common.own_files import UnsafeFileError
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.spec import LayoutSpec
+from dynamo_mpi.stage import cache_archive, cache_store
+from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
+from dynamo_mpi.stage.cache_helper import handle
+from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
+from dynamo_mpi.stage.cache_session import HelperCall, pick_base
+from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
+from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
+from tests.unit.models import SMOLLM2
+from tests.unit.neighbour import NOBODY, needs_root
+
+Files = dict[str, bytes]
+SHAPE = parse_model_shape(json.dumps(SMOLLM2), "config.json")
+
+
+def write(folder: Path, files: Files) -> Path:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def packed(folder: Path) -> bytes:
+    target = io.BytesIO()
+    pack(str(folder), target)
+    return target.getvalue()
+
+
+def read(folder: Path) -> Files:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# which variables
+
+
+def test_each_library_gets_its_own_folder_below_the_rank_s() -> None:
+    found = assign("/local/r0", {"PATH": "/bin"})
+    assert found.own == ()
+    assert {library.variable for library in LIBRARIES} < found.variables.keys()
+    assert found.variables["TLLM_AUTOTUNER_CACHE_PATH"] == "/local/r0/autotuner/cache.json"
+    assert "/local/r0/autotuner" in found.folders and "/local/r0/autotuner/cache.json" not in found.folders
+    assert found.variables[ROOT_VARIABLE] == "/local/r0/trtllm"
+    # without it, TensorRT-LLM keeps these kernels in memory
+    assert found.variables["TRTLLM_DG_JIT_DUMP_CUBIN"] == "1"
+    places = [library.place for library in LIBRARIES]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "variable"),
+    [
+        ("TRITON_CACHE_DIR", "/mine", "TRITON_CACHE_DIR"),
+        ("TRITON_HOME", "/mine", "TRITON_CACHE_DIR"),
+        ("CUDA_CACHE_DISABLE", "1", "CUDA_CACHE_PATH"),
+        ("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS", "0", "FLASHINFER_WORKSPACE_BASE"),
+    ],
+)
+def test_what_the_user_has_set_wins(name: str, value: str, variable: str) -> None:
+    found = assign("/local/r0", {name: value})
+    assert variable not in found.variables and name not in found.variables
+    (line,) = found.own
+    assert line.startswith(f"{name} is set: ") and line.endswith("'s compile cache is left alone")
+    # TensorRT-LLM sets a variable that isn't set below its root: only where that is the user's own it stays as it is
+    assert (ROOT_VARIABLE in found.variables) == (name == variable)
+    others = {library.variable for library in LIBRARIES} - {variable}
+    assert others <= found.variables.keys()
+
+
+def test_the_user_s_root_is_for_all_of_them() -> None:
+    found = assign("/local/r0", {ROOT_VARIABLE: "/mine"})
+    assert (found.variables, found.folders) == ({}, ())
+    assert found.own == (f"{ROOT_VARIABLE} is set: all compile caches are where it says",)
+    assert "TRTLLM_DG_JIT_DUMP_CUBIN" not in assign("/l", {"TRTLLM_DG_JIT_DUMP_CUBIN": "0"}).variables
+
+
+# what makes an archive valid
+
+GPU = GpuFacts(0, "GPU-a", "NVIDIA H200", 90)
+HOST = HostFacts(True, "Open MPI", versions=(("tensorrt_llm", "1.3.0"), ("torch", "2.11"), ("mpi4py", "4.1")))
+
+
+def row(rank: int, **more: Any) -> RankFacts:
+    gpus = tuple(replace_gpu(GPU, number, **more) for number in range(2))
+    node = NodeGpus(gpus, tuple(gpu.uuid for gpu in gpus), more.get("driver", "580.1"))
+    return RankFacts(rank, "n1", HOST if rank == 0 else HostFacts(False, ""), node)
+
+
+def replace_gpu(gpu: GpuFacts, number: int, **more: Any) -> GpuFacts:
+    named = {name: value for name, value in more.items() if name in GpuFacts._fields}
+    return gpu._replace(number=number, uuid=f"GPU-{number}", **named)
+
+
+def key(subject: LayoutSpec | None = None, rows: list[RankFacts] | None = None, config: str = "{}") -> dict[str, Any]:
+    subject = subject or LayoutSpec(SHAPE, EngineConfig(tp_size=2), Cluster(1, 2))
+    files = (ComparedFile("model config", "config.json", config), ComparedFile("engine config", "e.yaml", "x: 1"))
+    return key_of(subject, files, rows or [row(0), row(1)], without_gpus=False)
+
+
+def test_the_key_has_all_that_makes_kernels_valid_and_no_more() -> None:
+    usual = key()
+    assert usual["versions"] == {"tensorrt_llm": "1.3.0", "torch": "2.11"}
+    assert usual["gpus"] == [["NVIDIA H200", 90, "580.1"]] * 2
+    assert usual == key() == json.loads(json.dumps(usual))
+    other_versions = HOST._replace(versions=(("tensorrt_llm", "1.3.1"),))
+    changed = {
+        "engine": key(rows=[row(0)._replace(facts=other_versions), row(1)]),
+        "driver": key(rows=[row(0, driver="590.1"), row(1, driver="590.1")]),
+        "one rank's driver": key(rows=[row(0), row(1, driver="590.1")]),
+        "GPU": key(rows=[row(0, name="NVIDIA B200", sm=100), row(1, name="NVIDIA B200", sm=100)]),
+        "model": key(config='{"x": 1}'),
+        "layout": key(LayoutSpec(SHAPE, EngineConfig(pp_size=2), Cluster(1, 2))),
+        "nodes": key(LayoutSpec(SHAPE, EngineConfig(tp_size=2), Cluster(2, 1))),
+        "role": key(LayoutSpec(SHAPE, EngineConfig(tp_size=2), Cluster(1, 2), role="decode")),
+    }
+    names = {what: name_of("/models/M", each) for what, each in changed.items()} | {
+        "usual": name_of("/models/M", usual)
+    }
+    assert len(set(names.values())) == len(names)
+    assert names["usual"].startswith("M-") and name_of("/models/.. /", usual).startswith("_")
+    place = changed["layout"]["places"][1]
+    assert place != usual["places"][1]
+
+
+def test_where_a_gpu_isn_t_known_there_is_no_key() -> None:
+    unknown = row(1)._replace(gpus=NodeGpus(problem="no NVML"))
+    with pytest.raises(KeyUnknownError, match=r"rank 1 on n1, or its driver, isn't known: no NVML"):
+        key(rows=[row(0), unknown])
+    without = key_of(
+        LayoutSpec(SHAPE, EngineConfig(), Cluster(1, 1)), (), [unknown._replace(rank=0)], without_gpus=True
+    )
+    assert without["gpus"] == [[]]
+
+
+# archives
+
+
+def test_an_archive_gives_the_files_back_with_their_times_to_the_nanosecond(tmp_path: Path) -> None:
+    files = {
+        "triton/K/kernel.cubin": b"\x7fELF" * 9,
+        "flashinfer/op.so": b"so",
+        "inductor/ab/c.py": b"x = 1\n",
+        "e": b"",
+    }
+    source = write(tmp_path / "a", files)
+    os.utime(source / "flashinfer/op.so", ns=(1, 1_700_000_000_123_456_789))
+    (source / "flashinfer/op.so").chmod(0o755)
+    target = tmp_path / "b"
+    target.mkdir()
+    unpack(io.BytesIO(packed(source)), str(target))
+    assert read(target) == files
+    assert (target / "flashinfer/op.so").stat().st_mtime_ns == 1_700_000_000_123_456_789
+    assert (target / "flashinfer/op.so").stat().st_mode & 0o777 == 0o700
+    assert (target / "triton/K/kernel.cubin").stat().st_mode & 0o777 == 0o600
+    assert contents_of(str(target)) == contents_of(str(source))
+
+
+def test_what_is_of_a_process_or_would_stop_the_engine_is_left_out(tmp_path: Path) -> None:
+    left_out = {
+        LOCK: b"",
+        "triton/K/tmp.pid_1_x/kernel": b"x",
+        "flashinfer/cached_ops/tmp/op.lock": b"",
+        "inductor/locks/a": b"",
+        "inductor/a.lock": b"",
+        "autotuner/cache.json": b'{"rank_0": {',
+    }
+    source = write(tmp_path / "a", {"triton/K/k": b"k", **left_out})
+    (source / "link").symlink_to("/etc/hostname")
+    os.mkfifo(source / "pipe")
+    assert set(contents_of(str(source)).files) == {"triton/K/k"}
+    write(source, {"autotuner/cache.json": b'{"rank_0": {}}'})
+    assert set(contents_of(str(source)).files) == {"triton/K/k", "autotuner/cache.json"}
+
+
+def test_triton_s_lists_of_files_follow_the_folder(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    kernel = str(source / "triton/K/k.cubin")
+    write(
+        source,
+        {"triton/K/k.cubin": b"k", "triton/K/__grp__k.json": json.dumps({"child_paths": {"k": kernel}}).encode()},
+    )
+    write(source, {"other.json": json.dumps(kernel).encode()})
+    target = tmp_path / "b"
+    target.mkdir()
+    unpack(io.BytesIO(packed(source)), str(target))
+    assert json.loads((target / "triton/K/__grp__k.json").read_text())["child_paths"] == {
+        "k": str(target / "triton/K/k.cubin")
+    }
+    assert json.loads((target / "other.json").read_text()) == kernel
+
+
+def tar_with(*members: tuple[str, bytes, str]) -> io.BytesIO:
+    """An archive that our own packing would never write: (name, type, target)."""
+    target = io.BytesIO()
+    facts = {"DYNAMOMPI.home": "/x", "DYNAMOMPI.cpu": cache_archive.cpu_kind()}
+    with tarfile.open(fileobj=target, mode="w", pax_headers=facts) as archive:
+        for name, kind, link in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, link
+            member.size = 3 if kind == tarfile.REGTYPE else 0
+            archive.addfile(member, io.BytesIO(b"abc"))
+    target.seek(0)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [
+        ("/etc/x", tarfile.REGTYPE, ""),
+        ("../x", tarfile.REGTYPE, ""),
+        ("a/../../x", tarfile.REGTYPE, ""),
+        ("a/./x", tarfile.REGTYPE, ""),
+        ("a//x", tarfile.REGTYPE, ""),
+        (LOCK, tarfile.REGTYPE, ""),
+        ("x", tarfile.SYMTYPE, "/etc/passwd"),
+        ("x", tarfile.LNKTYPE, "y"),
+        ("x", tarfile.CHRTYPE, ""),
+        ("x", tarfile.FIFOTYPE, ""),
+        ("x", tarfile.GNUTYPE_SPARSE, ""),
+    ],
+)
+def test_nothing_but_folders_and_regular_files_below_the_folder_is_unpacked(
+    tmp_path: Path, name: str, kind: bytes, link: str
+) -> None:
+    target = tmp_path / "in"
+    target.mkdir()
+    with pytest.raises(ArchiveError):
+        unpack(tar_with(("fine", tarfile.REGTYPE, ""), (name, kind, link)), str(target))
+    assert set(read(tmp_path)) == {"in/fine"}
+
+
+def test_a_file_is_never_written_through_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "fine").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        unpack(tar_with(("fine", tarfile.REGTYPE, "")), str(tmp_path))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_archive_of_another_cpu_or_cut_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = packed(write(tmp_path / "a", {"x": b"x" * 5000}))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ArchiveError, match="no whole archive"):
+        unpack(io.BytesIO(data[:2500]), str(tmp_path / "b"))
+    monkeypatch.setattr(cache_archive, "cpu_kind", lambda: "other")
+    with pytest.raises(ArchiveError, match="another kind of CPU"):
+        unpack(io.BytesIO(data), str(tmp_path / "b"))
+
+
+def test_a_folder_that_changes_all_the_time_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a", {"x": b"x"})
+    real: Callable[..., None] = cache_archive._write
+
+    def while_compiling(folder: str, contents: Any, target: Any) -> None:
+        real(folder, contents, target)
+        write(source, {f"new{time.monotonic_ns()}": b"y"})
+
+    monkeypatch.setattr(cache_archive, "_write", while_compiling)
+    with pytest.raises(ArchiveError, match="have changed while they were read, 3 times"):
+        packed(source)
+
+
+def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = packed(write(tmp_path / "a", {"x": b"x", "y": b"y"}))
+    monkeypatch.setattr(cache_archive, "MOST_FILES", 1)
+    with pytest.raises(ArchiveError, match="too many"):
+        packed(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ArchiveError, match="more than 1 files"):
+        unpack(io.BytesIO(data), str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1] + b"!", lambda data: data + b"!", lambda data: data[:-1]])
+def test_other_bytes_than_the_index_says_are_refused(change: Callable[[bytes], bytes]) -> None:
+    import hashlib
+
+    data = b"code" * 100
+    digest = hashlib.sha256(data).hexdigest()
+    copy_checked(io.BytesIO(data), io.BytesIO(), len(data), digest)
+    with pytest.raises(ArchiveError, match="other bytes than its index says"):
+        copy_checked(io.BytesIO(change(data)), io.BytesIO(), len(data), digest)
+
+
+# on the shared file system
+
+KEY = {"engine": "trtllm", "gpus": [["H200", 90, "580"]]}
+
+
+def saved(tmp_path: Path, target: Path, files: Files) -> list[Any]:
+    folder = tmp_path / "rank"
+    folder.mkdir(exist_ok=True)
+    answer = handle({"do": "save", "folder": str(write(folder, files)), "target": str(target)})
+    assert "problem" not in answer, answer
+    part: list[Any] = answer["part"]
+    return part
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> tuple[Path, list[Any]]:
+    """An archive of one rank, in a folder of this user's."""
+    target = tmp_path / "shared" / "dynamo-mpi-0" / "M-1"
+    part = saved(tmp_path, target, {"triton/k": b"k" * 1000})
+    assert handle({"do": "publish", "target": str(target), "key": KEY, "parts": [part]}) == {"removed": 0}
+    return target, part
+
+
+def seed(tmp_path: Path, target: Path, part: list[Any]) -> dict[str, Any]:
+    into = tmp_path / "into"
+    into.mkdir(exist_ok=True)
+    return handle({"do": "seed", "source": str(target), "part": part, "folder": str(into)})
+
+
+def test_what_is_written_back_is_found_and_seeds_and_nothing_new_is_not_written_again(
+    tmp_path: Path, archive: tuple[Path, list[Any]]
+) -> None:
+    target, part = archive
+    found = handle({"do": "look", "folders": [str(tmp_path / "no"), str(target)], "key": KEY, "ranks": 1})
+    assert found == {"folder": str(target), "parts": [part]}
+    assert seed(tmp_path, target, part)["files"] == 1
+    again = {"do": "save", "folder": str(tmp_path / "into"), "target": str(target)}
+    assert handle(again) == {"part": part, "new": 0}
+    # logs grow at each start
+    write(tmp_path / "into", {"flashinfer/flashinfer_jit.log": b"x", "flashinfer/op/.ninja_log": b"x"})
+    assert handle(again)["new"] == 0
+    write(tmp_path / "into", {"triton/k2": b"k"})
+    more = handle(again)
+    assert more["new"] == 1 and more["part"] != part
+    handle({"do": "publish", "target": str(target), "key": KEY, "parts": [more["part"]]})
+    names = set(os.listdir(target))
+    # a worker that starts now may still read the one before
+    assert {f"{part[0]}.tar", f"{more['part'][0]}.tar", "index.json", "previous.json"} == names
+    old = time.time() - 4000
+    for name in names:
+        os.utime(target / name, (old, old))
+    (target / ".part-left").touch()
+    os.utime(target / ".part-left", (old, old))
+    assert handle({"do": "publish", "target": str(target), "key": KEY, "parts": [more["part"]]}) == {"removed": 2}
+    assert set(os.listdir(target)) == {f"{more['part'][0]}.tar", "index.json", "previous.json"}
+
+
+def test_an_index_of_something_else_or_none_is_refused(archive: tuple[Path, list[Any]]) -> None:
+    target, _ = archive
+    look([str(target)], KEY, 1)
+    for other, ranks in (({**KEY, "engine": "x"}, 1), (KEY, 2)):
+        with pytest.raises(ArchiveError, match="another engine"):
+            look([str(target)], other, ranks)
+    for content in ("", "[]", '{"version": 2}', '{"version": 1, "key": {}, "parts": [["../../x", 1, 1]]}'):
+        (target / "index.json").write_text(content)
+        with pytest.raises(ArchiveError, match="no index of this version"):
+            look([str(target)], KEY, 1)
+
+
+def test_a_part_that_is_changed_or_gone_seeds_nothing(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
+    target, part = archive
+    file = target / f"{part[0]}.tar"
+    file.write_bytes(file.read_bytes().replace(b"kkkk", b"evil", 1))
+    assert "other bytes than its index says" in seed(tmp_path, target, part)["problem"]
+    assert os.listdir(tmp_path / "into") == []
+    file.unlink()
+    assert "No such file" in seed(tmp_path, target, part)["problem"]
+
+
+@pytest.mark.parametrize("which", ["file", "index", "folder", "above"])
+def test_what_others_can_write_is_refused_with_the_reason(
+    tmp_path: Path, archive: tuple[Path, list[Any]], which: str
+) -> None:
+    target, part = archive
+    paths = {
+        "file": target / f"{part[0]}.tar",
+        "index": target / "index.json",
+        "folder": target,
+        "above": target.parent,
+    }
+    path = paths[which]
+    for bits in (0o020, 0o002):
+        usual = path.stat().st_mode & 0o777
+        path.chmod(usual | bits)
+        looked = handle({"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1})
+        answer = seed(tmp_path, target, part) if which == "file" else looked
+        assert answer["refused"] and str(path) in answer["problem"] and "chmod" in answer["problem"], answer
+        assert "write" in answer["problem"]
+        path.chmod(usual)
+    assert "problem" not in seed(tmp_path, target, part)
+
+
+@needs_root
+def test_what_another_user_has_is_refused_and_root_s_is_taken(
+    tmp_path: Path, archive: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, part = archive
+    os.chown(target / f"{part[0]}.tar", NOBODY, NOBODY)
+    assert f"belongs to user {NOBODY}" in seed(tmp_path, target, part)["problem"]
+    os.chown(target / f"{part[0]}.tar", 0, 0)
+    for above in (tmp_path, *list(tmp_path.parents)[:-2]):
+        above.chmod(0o755 if above != Path("/tmp") else 0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    assert look([str(target)], KEY, 1) is not None
+    assert folders_of("/s", "M") == (f"/s/dynamo-mpi-{NOBODY}/M", "/s/dynamo-mpi-0/M")
+
+
+def test_a_link_of_an_archive_is_not_followed(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
+    target, part = archive
+    file = target / f"{part[0]}.tar"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert "is a link" in seed(tmp_path, target, part)["problem"]
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(_: Any) -> tuple[str, int]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        cache_store.write_part(str(tmp_path / "t"), fail)
+    assert os.listdir(tmp_path / "t") == []
+
+
+def test_two_workers_that_write_at_once_leave_one_whole_archive(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    first = [Part(*saved(tmp_path, target, {"triton/a": b"a"}))]
+    second = [Part(*saved(tmp_path, target, {"triton/b": b"b"}))]
+    publish(str(target), KEY, second)
+    publish(str(target), KEY, first)
+    found = look([str(target)], KEY, 1)
+    assert found is not None and list(found.parts) == first
+    assert (target / f"{second[0].digest}.tar").exists()
+
+
+# a rank's folder
+
+
+def test_a_folder_is_one_process_s_until_it_ends_and_another_gets_the_next(tmp_path: Path) -> None:
+    first, second = claim(str(tmp_path), "M-r0"), claim(str(tmp_path), "M-r0")
+    assert (first.slot, second.slot) == (0, 1) and second.path == f"{first.path}-s1"
+    remove_claimed(first.path)
+    assert os.path.isdir(first.path)
+    write(Path(first.path), {"triton/k": b"k"})
+    first.clear()
+    assert os.listdir(first.path) == [LOCK]
+    first.remove()
+    first.remove()
+    assert os.listdir(os.path.dirname(second.path)) == ["M-r0-s1"]
+    third = claim(str(tmp_path), "M-r0")
+    assert third.slot == 0
+    second.remove()
+    third.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = f"from dynamo_mpi.common.claimed_folder import claim\nimport os\np = claim({str(tmp_path)!r}, 'M-r0').path\n"
+    code += "os.makedirs(p + '/triton/k')\nprint(p, flush=True)\nos.kill(os.getpid(), 9)\n"
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, text=True)
+    path = killed.stdout.strip()
+    assert os.path.isdir(f"{path}/triton")
+    other = claim(str(tmp_path), "N-r0")
+    assert not os.path.exists(path)
+    other.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_of_a_killed_rank_is_removed_at_once(tmp_path: Path) -> None:
+    claimed = claim(str(tmp_path), "M-r0")
+    os.close(claimed._lock)
+    remove_claimed(claimed.path)
+    assert os.listdir(tmp_path) == []
+    # nothing else is
+    (tmp_path / "mine").mkdir()
+    remove_claimed(str(tmp_path / "mine"))
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_a_folder_where_others_can_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(UnsafeFileError):
+        claim(str(tmp_path / "open"), "M-r0")
+
+
+def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dynamo_mpi.stage import cache_session
+
+    assert pick_base([str(tmp_path)]) == (str(tmp_path), "")
+    (tmp_path / "file").touch()
+    base, problem = pick_base(["/proc/none", str(tmp_path / "file" / "x"), str(tmp_path)])
+    assert base == str(tmp_path) and problem == ""
+    monkeypatch.setattr(
+        cache_session, "file_system_type", lambda path: "nfs4" if path.endswith("s") else "fuse.fuse-overlayfs"
+    )
+    assert pick_base(["/tmp/s"])[1] == "/tmp/s is on a shared file system (nfs4)"
+    assert pick_base(["/tmp/s", str(tmp_path)])[0] == str(tmp_path)
+
+
+# the helper process
+
+
+def test_a_helper_answers_or_is_given_up(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
+    target, part = archive
+    request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1}
+    assert HelperCall(request, os.environ).result(20.0) == {"folder": str(target), "parts": [part]}
+    assert "has ended without an answer" in HelperCall({"do": "seed"}, os.environ).result(20.0)["problem"]
+    os.mkfifo(tmp_path / "hangs")
+    waits = HelperCall({"do": "look", "folders": [], "key": {}, "ranks": 1}, {**os.environ, "PYTHONSTARTUP": ""})
+    assert waits.cancel()
+    assert "problem" in waits.result(5.0)
