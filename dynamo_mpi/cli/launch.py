@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.deploy.excluded import ExcludedNode
     from dynamo_mpi.deploy.nodes import Placement
+    from dynamo_mpi.deploy.step_commands import CommandBuilder
     from dynamo_mpi.deploy.steps import StepController
-    from dynamo_mpi.deploy.workers import CommandBuilder
 
 TAKES_FURTHER_WORDS = True
 # the logs may be on a shared file system

@@ -15,20 +15,19 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.waiting import ReminderSchedule
-from dynamo_mpi.deploy.check_results import require_check, require_container, require_kv_check
 from dynamo_mpi.deploy.description import describe_deployment
 from dynamo_mpi.deploy.excluded import describe_excluded
 from dynamo_mpi.deploy.failures import FailureHandler
-from dynamo_mpi.deploy.head_node import CHECKED
+from dynamo_mpi.deploy.first_steps import REMINDER_SECONDS, FirstSteps
 from dynamo_mpi.deploy.launchers import without_srun_input
 from dynamo_mpi.deploy.node_inquiry import NodeProber
+from dynamo_mpi.deploy.replacements import Replacements
 from dynamo_mpi.deploy.services import StepFailed, curl_line, listed_models
 from dynamo_mpi.deploy.spares import SparePool
-from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, nodes_of
+from dynamo_mpi.deploy.step_commands import needs_kv_check
 from dynamo_mpi.deploy.step_ender import StepEnder
-from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones
-from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
+from dynamo_mpi.deploy.workers import WorkerSet
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
 if TYPE_CHECKING:
@@ -39,9 +38,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.nodes import Placement
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.settings import LaunchSettings
+    from dynamo_mpi.deploy.step_commands import CommandBuilder
+    from dynamo_mpi.deploy.steps import StepController
 
 POLL_SECONDS = 0.5
-REMINDER_SECONDS = (15.0, 300.0)
 LISTED_SECONDS = 30.0
 # a busy frontend may not answer at once; one that this host can't reach never will
 REACHED_SECONDS = 10.0
@@ -49,8 +49,6 @@ REACHED_SECONDS = 10.0
 SERVICES_STOP_SECONDS = 25.0
 # additional time of an end, besides the workers' drains
 END_SECONDS = 100.0
-# longer than a network file system hides a new file
-UNSEEN_SECONDS = 90.0
 
 
 class _AskedToStop(Exception):
@@ -103,19 +101,23 @@ class DeploymentController:
         self._began = time.monotonic()
         # the services' file has all of these for the ranks
         self._environment, _ = split_clients(without_srun_input(context.environ))
-        self._services: Step | None = None
-        self._others: dict[str, Step] = {}
+        self._first = FirstSteps(builder, self._environment, self._run_dir, self._pause, self._say)
         self._node_watch = context.watch
         prober = NodeProber(builder, step_controller, self._run_dir, context.watch)
         self._spares = SparePool(placement.spares, builder, step_controller, self._run_dir, self._spare_failed)
         self._failures = FailureHandler(
             placement, settings.max_restarts, self._spares, prober, self._run_dir, context.excluded
         )
-        self._worker_steps = WorkerSet(self._failures, builder, step_controller, self._run_dir, self._say)
         self._url = ""
         self._described: Mapping[str, object] = {}
         self._limit = JobTimeLimit.of(context.environ)
         self._milestones = Milestones(self._run_dir.milestones, "launch")
+        self._worker_steps = WorkerSet(
+            self._failures, builder, step_controller, self._run_dir, self._say, self._milestones
+        )
+        self._replacements = Replacements(
+            self._failures, self._worker_steps, self._run_dir, self._say, settings.stop_timeout
+        )
 
     def run(self) -> int:
         """Run the deployment until its end.
@@ -132,15 +134,16 @@ class DeploymentController:
             self._require_time()
             if not self._settings.skip_check:
                 with self._milestones.step("check"):
-                    self._check()
+                    self._first.check()
             if needs_kv_check(self._settings, self._placement.workers):
                 with self._milestones.step("kv check"):
-                    self._check_kv()
+                    self._first.check_kv(self._placement.workers, is_needed=self._settings.kv_check != "warn")
             with self._milestones.step("services"):
-                services = self._start_services()
+                services = self._first.start_services(self._settings.start_timeout, self._require_services)
+            self._url = services.url
             if self._node_watch is not None:
                 self._node_watch.start()
-            self._worker_steps.start(self._environment, services)
+            self._worker_steps.start(self._environment, services.environment)
             self._spares.start(self._environment)
             self._watch()
         except _AskedToStop as end:
@@ -152,82 +155,6 @@ class DeploymentController:
         finally:
             self._stop()
         return ExitCode.OK
-
-    def _check(self) -> None:
-        in_services = self._builder.checks_in_services
-        code, words = self._check_in_services() if in_services else self._run_to_end(self._builder.check())
-        require_check(code, words)
-        self._say("check: passed")
-
-    def _check_kv(self) -> None:
-        code, words = self._run_to_end(self._builder.kv_check(self._placement.workers))
-        is_needed = self._settings.kv_check != "warn"
-        if warning := require_kv_check(
-            code, words, nodes_of(self._placement.workers, "prefill", "decode"), is_needed=is_needed
-        ):
-            self._say(warning)
-
-    def _run_to_end(self, command: Command) -> tuple[int, str]:
-        """Run a step that ends by itself; return its exit code, and the end of its output."""
-        step = self._start(command)
-        code = self._wait_for_exit(step) or ExitCode.OK
-        self._others.pop(step.name)
-        return code, step.last_words(200)
-
-    def _wait_for_exit(self, step: Step, is_through: Callable[[], bool] = lambda: False) -> int | None:
-        """Wait until a step ends, or is through with its first part; return its exit code, if it ended."""
-        reminders = ReminderSchedule(*REMINDER_SECONDS)
-        while (code := step.child.exit_code()) is None and not is_through():
-            if seconds := reminders.due():
-                self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
-            self._pause()
-        return code
-
-    def _check_in_services(self) -> tuple[int, str]:
-        """Start the services' step, and wait until its check is through; return the check's exit code, and the end of its output."""
-        self._services = step = self._start(self._builder.services())
-        code = self._wait_for_exit(step, lambda: CHECKED in step.last_words(200))
-        if code is None or CHECKED in (words := step.last_words(200)):
-            return ExitCode.OK, ""
-        self._services = None
-        self._others.pop(step.name)
-        return code or ExitCode.UNAVAILABLE, words
-
-    def _start_services(self) -> dict[str, str]:
-        """Start the services; return their addresses and credentials, as variables."""
-        self._services = step = self._services or self._start(self._builder.services())
-        deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
-        reminders = ReminderSchedule(*REMINDER_SECONDS)
-        while (access := self._run_dir.services()) is None:
-            self._require_services()
-            if time.monotonic() > deadline:
-                raise StepFailed(
-                    f"the services don't answer after {self._settings.start_timeout:g} s",
-                    status=ExitCode.DEADLINE,
-                    log=step.last_words(),
-                    fix="a longer --start-timeout if the image's import takes long",
-                )
-            if seconds := reminders.due():
-                self._say(f"waiting for the services, {seconds:.0f} s")
-            if any("ready: " in line and "services.json" in line for line in step.child.last_lines(20)):
-                seen = seen or time.monotonic()
-                if time.monotonic() > seen + UNSEEN_SECONDS:
-                    raise StepFailed(
-                        f"the services are ready, but {self._run_dir.path}/services.json can't be seen from here",
-                        status=ExitCode.USAGE,
-                        log=step.last_words(),
-                        fix="--run-dir on a file system that the nodes and this host share",
-                    )
-            self._pause()
-        self._url = access.url
-        frontend = f"frontend at {self._url}" if self._url else "no frontend"
-        self._say(f"services on {sanitize(access.host)}: etcd, NATS, {frontend}")
-        return access.environment
-
-    def _start(self, command: Command) -> Step:
-        step = start(command, self._environment, self._run_dir.log(command.name))
-        self._others[command.name] = step
-        return step
 
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
@@ -252,6 +179,9 @@ class DeploymentController:
         self._require_services()
         self._worker_steps.poll()
         self._spares.poll()
+        self._replacements.poll()
+        for node, why in self._failures.new_drained().items():
+            self._say(f"warning: {node} is drained ({why}); its worker goes on: dynamo-mpi replace {node} moves it")
         self._describe()
 
     def _require_none_lost(self) -> None:
@@ -279,14 +209,10 @@ class DeploymentController:
         self._interrupts.pause(POLL_SECONDS)
 
     def _require_services(self) -> None:
-        step = self._services
-        code = step.child.exit_code() if step is not None else None
-        if step is not None and code is not None:
-            require_container("services", step.last_words(200))
-            found = f"the services ended with exit code {code}" + (
-                "" if code else ": another process has ended their step"
-            )
-            raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
+        if why := self._failures.lost_head:
+            found = f"the head node {self._placement.head} is lost, with etcd, NATS and the frontend: {why}"
+            raise StepFailed(found, status=ExitCode.TEMPORARY, log="")
+        self._first.require_services()
 
     def _announce(self) -> bool:
         """Print that the deployment serves, when the frontend lists the model; it discovers workers a moment after their ready files.
@@ -316,7 +242,10 @@ class DeploymentController:
 
     def _describe(self) -> None:
         """Write what runs, if that has changed."""
-        now = describe_deployment(self._settings, self._builder, self._failures, self._worker_steps, self._url)
+        now = {
+            **describe_deployment(self._settings, self._builder, self._failures, self._worker_steps, self._url),
+            "replacements": self._replacements.describe(),
+        }
         if now != self._described:
             self._described = now
             self._run_dir.describe(now)
@@ -331,20 +260,20 @@ class DeploymentController:
         if self._node_watch is not None:
             self._node_watch.close()
         self._failures.close()
-        if self._services is not None and self._services.child.exit_code():
-            self._step_controller.signal([self._services])  # if only srun was killed, its step still runs
+        if self._first.services is not None and self._first.services.child.exit_code():
+            self._step_controller.signal([self._first.services])  # if only srun was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
             ender.end(self._worker_steps.steps_of(role), self._settings.stop_timeout)
             if not ender.is_hurried:
                 self._worker_steps.deregister(role)
         self._spares.close()
-        rest = list(self._others.values())
+        rest = list(self._first.running.values())
         if ender.is_hurried:
             # a second request, below, ends them at once; cancelling would leave their keys on the node
             self._step_controller.signal(rest)
         ender.end(rest, SERVICES_STOP_SECONDS, is_last=True)
-        if self._services is not None and self._services.child.exit_code():
-            self._step_controller.cancel([self._services])
+        if self._first.services is not None and self._first.services.child.exit_code():
+            self._step_controller.cancel([self._first.services])
         if line := describe_excluded(self._failures.excluded):
             self._say(line)
 

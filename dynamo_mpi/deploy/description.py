@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.deploy.failures import FailureHandler
     from dynamo_mpi.deploy.settings import LaunchSettings
-    from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
+    from dynamo_mpi.deploy.step_commands import CommandBuilder
+    from dynamo_mpi.deploy.workers import WorkerSet
 
 SCHEMA = 1
 

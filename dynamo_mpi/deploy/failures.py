@@ -54,10 +54,11 @@ class FailureHandler:
         excluded: Sequence[ExcludedNode] = (),
     ) -> None:
         self._workers = {worker.name: worker for worker in placement.workers}
-        self._head, self.max_restarts, self.spares, self.prober = placement.head, max_restarts, spares, prober
+        self.head, self.max_restarts, self.spares, self.prober = placement.head, max_restarts, spares, prober
         self._run_dir = run_dir
         self._excluded = list(excluded)
         self._events: list[FailureEvent] = []
+        self._drained: set[str] = set()
         self._inquiries: dict[str, tuple[FailureEvent, Inquiry | None]] = {}
 
     @property
@@ -69,6 +70,26 @@ class FailureHandler:
     def excluded(self) -> tuple[ExcludedNode, ...]:
         """Nodes that are left out for the rest of the job."""
         return tuple(self._excluded)
+
+    @property
+    def may_hang(self) -> bool:
+        """Whether a worker's launcher may outlive its ranks: srun does with ``--no-kill``."""
+        return self.prober.watch is not None
+
+    @property
+    def lost_head(self) -> str:
+        """Why the head node is lost; empty if it isn't."""
+        return self.prober.lost.get(self.head, "")
+
+    def nearest_spares(self, node: str) -> tuple[str, ...]:
+        """Return the spares that a worker can get, those near a node first."""
+        return self.prober.order(self.spares.available, node)
+
+    def new_drained(self) -> dict[str, str]:
+        """Return the nodes that an administrator has begun to drain since the last call, with what Slurm says."""
+        found = {node: why for node, why in self.prober.drained.items() if node not in self._drained}
+        self._drained |= found.keys()
+        return found
 
     def lost_nodes(self, worker: Worker) -> dict[str, str]:
         """Return those of a worker's nodes that are known to be lost, and why."""
@@ -119,7 +140,7 @@ class FailureHandler:
         self._leave_out_spares(health)
         before = tuple(other for other in self._events if other is not event)
         spares = self.spares.available
-        case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self._head, tuple(others))
+        case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced
         self._events = [*before, replace(event, is_moved=is_moved)]
@@ -132,7 +153,8 @@ class FailureHandler:
     def move(self, worker: Worker, action: MoveToSpare) -> None:
         """Give a worker spares in the places of nodes, which are left out from then on."""
         for _, spare in action.moves:
-            self.spares.take(spare, worker.name)
+            if spare in self.spares.available:
+                self.spares.take(spare, worker.name)
         self._workers[worker.name] = worker.moved(action.moves)
         self.leave_out(action.reasons, worker.name)
 

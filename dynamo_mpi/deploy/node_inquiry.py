@@ -8,6 +8,8 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.checks.node_probe import HERE, read_result
+from dynamo_mpi.deploy.first_death import first_death
+from dynamo_mpi.deploy.node_health import nearest, topology_of
 from dynamo_mpi.deploy.recovery import NodeHealth
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 10.0
 # of a node whose host answers, but which takes no step: the controller may be busy
 STEP_SECONDS = 30.0
+# srun about a node that is down or has left the job
+_UNAVAILABLE = "node configuration is not available"
 # the probe waits up to 30 s for the GPUs' memory
 RESULT_SECONDS = 60.0
 
@@ -66,6 +70,12 @@ class NodeProber:
             if command is not None:
                 steps[node] = start(command, environment, self._run_dir.log(command.name))
         return Inquiry(self, tuple(nodes), steps)
+
+    def order(self, spares: tuple[str, ...], node: str) -> tuple[str, ...]:
+        """Return spares in the order of their distance from a node, by Slurm's switches and blocks."""
+        if self.watch is None or len(spares) < 2 or not node:
+            return spares
+        return tuple(nearest(spares, topology_of(node)))
 
     def is_silent(self, node: str) -> bool:
         """Return whether a node's host doesn't answer, as far as that is known: where nodes aren't watched, only the probe can tell."""
@@ -124,7 +134,10 @@ class Inquiry:
         if problems is not None:
             return "; ".join(problems)
         if code is not None:
-            if HERE not in output and not self._prober.is_silent(node):
+            death = first_death(output)
+            if HERE not in output and death is not None and death.host == node:
+                return f"a probe there {death.how}"
+            if HERE not in output and not self._prober.is_silent(node) and _UNAVAILABLE not in output:
                 return ""  # the launcher could not start it, and the host answers: that is no fault of the node's
             words = [line.strip() for line in output.splitlines() if line.strip() and HERE not in line]
             return f"a probe ended there with exit code {code}" + (f": {words[-1][:200]}" if words else "")

@@ -10,7 +10,7 @@ excluded.json      nodes that are left out for the rest of the job; kept, until 
 services.json      the services' addresses and credentials (0600); removed when they end
 ready/NAME.json    exists while a worker serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
-                   deployment starts in the folder
+                   deployment starts in the folder, those of a worker's last starts before as NAME.1.html, NAME.2.html …
 failures/NAME/     a worker's failure files; made when the first is written
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               if it exists, the deployment ends
@@ -35,6 +35,7 @@ from dynamo_mpi.deploy.run_files import (
     DEPLOYMENT,
     ENDED,
     LOCK,
+    REPLACE,
     STOP,
     TIMELINES,
     open_run_dir,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 ENDED_SCHEMA = 1
 # limit of the report in ended.json: the logs have all of it
 _LONGEST_REPORT = 8192
+# of one worker
+_KEPT_TIMELINES = 5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -209,6 +212,29 @@ class RunDir(_HeldFolder):
         """Write ``deployment.json``, for the operator's commands."""
         write_object(self._folder, DEPLOYMENT, content)
 
+    def take_replace_requests(self) -> list[str]:
+        """Return the nodes that were requested to be replaced, and remove the requests."""
+        if REPLACE not in _names(self._folder):
+            return []
+        with contextlib.suppress(OSError), self._folder.subfolder(REPLACE) as folder:
+            nodes = sorted(name for name in folder.names() if not name.startswith("."))
+            for node in nodes:
+                folder.remove(node)
+            return nodes
+        return []
+
+    def timeline(self, name: str, number: int = 0) -> Path:
+        """Return the page of a worker's timeline.
+
+        Args:
+            name: the worker's name.
+            number: of an earlier start, from 1 on; 0 for the last one. Pages older than the last ones are removed.
+        """
+        with contextlib.suppress(OSError), self._folder.subfolder(TIMELINES) as folder:
+            for ending in ("html", "trace.json"):
+                folder.remove(f"{name}.{number - _KEPT_TIMELINES}.{ending}")
+        return self.path / TIMELINES / (f"{name}.{number}.html" if number else f"{name}.html")
+
     def write_excluded(self, nodes: Sequence[ExcludedNode]) -> None:
         """Write ``excluded.json``. Does not raise: an end without it is better than none."""
         with contextlib.suppress(OSError):
@@ -239,6 +265,7 @@ class RunDir(_HeldFolder):
                     logs.rename(name, f"{name}.old")
         self._clear("ready")
         self._clear(TIMELINES, ".html", ".json")
+        self.take_replace_requests()
         for name in (SERVICES, STOP, DEPLOYMENT, ENDED):
             self._folder.remove(name)
         if not read_excluded(self._folder, _job_id()):

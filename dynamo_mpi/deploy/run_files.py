@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-DEPLOYMENT, ENDED, LOCK, STOP = "deployment.json", "ended.json", "lock", "stop"
+DEPLOYMENT, ENDED, LOCK, STOP, REPLACE = "deployment.json", "ended.json", "lock", "stop", "replace"
 TIMELINES = "timeline"
 """The subfolder for timelines of the start."""
 

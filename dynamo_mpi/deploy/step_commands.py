@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.common.credentials import SERVICES_FILE
 
@@ -48,6 +48,19 @@ class Command:
         """Return it in shell syntax, preceded by the variables."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " \\\n    ".join([*variables, *map(shlex.join, self.lines)])
+
+
+class CommandBuilder(Protocol):
+    """Builds the command of each step."""
+
+    @property
+    def checks_in_services(self) -> bool: ...
+    def check(self) -> Command: ...
+    def kv_check(self, workers: Sequence[Worker]) -> Command: ...
+    def services(self) -> Command: ...
+    def worker(self, worker: Worker) -> Command: ...
+    def probe(self, node: str) -> Command | None: ...
+    def prepare(self, node: str) -> Sequence[Command]: ...
 
 
 # paths of the checkout and of the deployment's folder inside a container

@@ -7,17 +7,29 @@ import contextlib
 import json
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import fix_for, write_own
 from dynamo_mpi.common.phases import RankTimings, Span
-from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, read_traces
+from dynamo_mpi.telemetry.startup_trace import (
+    ENDED,
+    FAILED,
+    READY,
+    FailureMark,
+    StartupTrace,
+    encode_traces,
+    printable,
+    read_traces,
+)
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from dynamo_mpi.deploy.blame import Blame
 
 
 class Milestones:
@@ -41,15 +53,47 @@ class Milestones:
             yield
             outcome = ENDED
         finally:
-            now = time.time()
-            self._spans.append(Span(name, began - self._began, None, now - began))
-            with contextlib.suppress(OSError):
-                write_own(self._path, f"{json.dumps(encode_traces([self._start(outcome, now)]))}\n".encode())
+            self.add(name, began, outcome)
+
+    def add(self, name: str, began: float, outcome: str = ENDED) -> None:
+        """Add a step that has just ended.
+
+        Args:
+            name: its name.
+            began: when it began, in seconds since 1970.
+            outcome: how the launcher is doing.
+        """
+        now = time.time()
+        self._spans.append(Span(name, began - self._began, None, now - began))
+        with contextlib.suppress(OSError):
+            write_own(self._path, f"{json.dumps(encode_traces([self._start(outcome, now)]))}\n".encode())
 
     def _start(self, outcome: str, now: float) -> StartupTrace:
         host = printable(os.uname().nodename.partition(".")[0])
         rank = RankTimings(0, host, self._began, tuple(self._spans))
         return StartupTrace(printable(self._name), "launch", "", "", "", outcome, now, None, (rank,))
+
+
+def keep_failed_start(page: Path, kept: Path, found: Blame | None) -> None:
+    """Keep the timeline of a start that failed, before the worker's next start replaces it. Does not raise.
+
+    Args:
+        page: the start's page; a rank 0 that was killed could not write the failure into it.
+        kept: the page to write.
+        found: the first cause; None if it ended on request.
+    """
+    with contextlib.suppress(DynamoMpiError, OSError):
+        starts = [_with_failure(start, found) for start in read_traces(page)]
+        write_timeline(kept, starts)
+
+
+def _with_failure(start: StartupTrace, found: Blame | None) -> StartupTrace:
+    if found is None or start.outcome != READY:
+        return start
+    rank = found.rank if found.rank >= 0 else None
+    host, phase, error = (printable(text) for text in (found.host, found.phase, found.error or "no error text"))
+    mark = FailureMark(rank, host, phase, error, found.code, told=False)
+    return replace(start, outcome=FAILED, failure=mark, written=time.time())
 
 
 _SERVICES = ("etcd", "nats", "frontend")

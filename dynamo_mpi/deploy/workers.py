@@ -4,41 +4,33 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
-from dynamo_mpi.deploy.blame import Evidence, blame
 from dynamo_mpi.deploy.check_results import require_container
-from dynamo_mpi.deploy.first_death import first_death
 from dynamo_mpi.deploy.recovery import Degrade, MoveToSpare, Stop
-from dynamo_mpi.deploy.reports import (
-    Beginning,
-    Report,
-    Trace,
-    is_reported,
-    report_death,
-    revoke_registrations,
-    trace_in_etcd,
-)
+from dynamo_mpi.deploy.reports import Beginning, Report, revoke_registrations
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.deploy.steps import Step, StepController, start
+from dynamo_mpi.deploy.steps import Step, StepController, StepEnd, start
+from dynamo_mpi.deploy.timeline import keep_failed_start
+from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
 from dynamo_mpi.mpi.launcher import starts_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
+    from dynamo_mpi.deploy.blame import Blame
     from dynamo_mpi.deploy.failures import FailureHandler
     from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.recovery import Action
     from dynamo_mpi.deploy.run_dir import RunDir
-    from dynamo_mpi.deploy.step_commands import Command
+    from dynamo_mpi.deploy.step_commands import Command, CommandBuilder
+    from dynamo_mpi.deploy.timeline import Milestones
 
-# rank 0's last log line in an orderly end
-GOODBYE = "exit: done"
-# a step that has lost a node, or of which a report exists, ends by itself, or is cancelled, and at last its launcher is killed
-LINGER_SECONDS, KILL_SECONDS = 5.0, 10.0
+# srun names the rank that ended first within this time; where a host is lost, it can't
+LINGER_SECONDS = 2.0
 
 
 def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -49,19 +41,6 @@ def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     if metrics := environ.get("DYN_MPI_METRICS_FILE"):
         files["DYN_MPI_METRICS_FILE"] = f"{metrics.removesuffix('.prom')}-{name}.prom"
     return files
-
-
-class CommandBuilder(Protocol):
-    """Builds the command of each step."""
-
-    @property
-    def checks_in_services(self) -> bool: ...
-    def check(self) -> Command: ...
-    def kv_check(self, workers: Sequence[Worker]) -> Command: ...
-    def services(self) -> Command: ...
-    def worker(self, worker: Worker) -> Command: ...
-    def probe(self, node: str) -> Command | None: ...
-    def prepare(self, node: str) -> Sequence[Command]: ...
 
 
 class _Ending(NamedTuple):
@@ -87,6 +66,7 @@ class WorkerSet:
         step_controller: ends the remains of a step.
         run_dir: the deployment's folder.
         say: prints one line.
+        milestones: gets the time from each failure until the worker serves again.
     """
 
     def __init__(
@@ -96,8 +76,9 @@ class WorkerSet:
         step_controller: StepController,
         run_dir: RunDir,
         say: Callable[[str], None],
+        milestones: Milestones | None = None,
     ) -> None:
-        self._failures, self._builder = failures, builder
+        self._failures, self._builder, self._milestones = failures, builder, milestones
         self._step_controller, self._run_dir, self._say = step_controller, run_dir, say
         self._environment: Mapping[str, str] = {}
         self._clients: Mapping[str, str] = {}
@@ -107,7 +88,11 @@ class WorkerSet:
         self._pauses: dict[str, float] = {}
         self._ready: dict[str, float] = {}
         self._endings: dict[str, _Ending] = {}
-        self._doomed: dict[str, float] = {}
+        self._ends: dict[str, StepEnd] = {}
+        self._reported: dict[str, float] = {}
+        self._failed_at: dict[str, float] = {}
+        self._found: dict[str, Blame] = {}
+        self._planned: dict[str, tuple[MoveToSpare | Degrade, float]] = {}
         self.departed: dict[str, float] = {}
         """Workers that ended with 0 on request and aren't restarted, with the time of their end in seconds since 1970."""
         self.given_up: dict[str, str] = {}
@@ -140,10 +125,29 @@ class WorkerSet:
         """Whether no worker runs or will be restarted."""
         return not self._pauses and not self._running and not self._endings
 
-    @property
-    def changes(self) -> int:
-        """Grows whenever a worker's place or state changes for good."""
-        return sum(self._count.values()) + len(self.departed) + len(self.given_up)
+    def lives(self, name: str) -> bool:
+        """Return whether a worker runs, or will again."""
+        return name in self._running or name in self._pauses or name in self._endings
+
+    def serves(self, name: str) -> bool:
+        """Return whether a worker is ready, and isn't about to drain."""
+        return name in self._running and name in self._ready and name not in self._planned
+
+    def plan(self, worker: Worker, action: MoveToSpare | Degrade, seconds: float) -> None:
+        """Drain a worker, and do something as soon as it has ended.
+
+        Args:
+            worker: the worker.
+            action: what follows.
+            seconds: the time that it has to drain.
+        """
+        self._planned[worker.name] = (action, time.monotonic() + seconds)
+        if (step := self._running.get(worker.name)) is not None:
+            self._step_controller.signal([step])
+
+    def is_planned(self, name: str) -> bool:
+        """Return whether a worker drains because of `plan`."""
+        return name in self._planned
 
     def steps_of(self, role: str) -> list[Step]:
         """Return the running steps of a role."""
@@ -173,6 +177,8 @@ class WorkerSet:
         if worker.name in self._count:
             # if only srun was killed, its ranks may have registered before they were cancelled
             self._deregister(worker.name, command)
+            before = self._run_dir.timeline(worker.name, self._count[worker.name])
+            keep_failed_start(self._run_dir.timeline(worker.name), before, self._found.pop(worker.name, None))
         self._count[worker.name] = count = self._count.get(worker.name, 0) + 1
         attempt = starts_before(self._environment) + count
         environment = {**self._environment, ATTEMPT: str(attempt), **own_files(worker.name, self._environment)}
@@ -185,6 +191,8 @@ class WorkerSet:
         name, step = worker.name, self._running.get(worker.name)
         if step is None:
             self._settle(worker)
+            if name in self._planned and name in self._pauses:
+                self._act(worker, self._planned.pop(name)[0])
             if time.monotonic() >= self._pauses.get(name, float("inf")):
                 del self._pauses[name]
                 self._start(next(each for each in self._failures.workers if each.name == name))
@@ -192,29 +200,48 @@ class WorkerSet:
         if name not in self._ready and self._run_dir.is_ready(name):
             self._ready[name] = time.monotonic()
             self._say(f"{name}: ready")
+            if name in self._failed_at and self._milestones is not None:
+                self._milestones.add(f"{name} recovery", self._failed_at.pop(name))
         code = step.child.exit_code()
         if code is None:
             self._end_rest(worker, step)
-        else:
-            del self._running[name]
-            lost = self._failures.lost_nodes(worker) if self._doomed.pop(name, None) is not None else {}
-            self._ended(worker, step, ExitCode.TEMPORARY if lost else code)
+            return
+        del self._running[name]
+        self._reported.pop(name, None)
+        if self._ends.pop(name, None) is not None:
+            reported = next((each.code for each in self._starts[name].reports() if each.is_composed), code)
+            code = ExitCode.TEMPORARY if self._failures.lost_nodes(worker) else reported
+        self._ended(worker, step, code)
 
     def _end_rest(self, worker: Worker, step: Step) -> None:
-        """End a step of which a node is lost: its launcher may wait for that node for minutes."""
+        """End what is left of a step whose launcher may wait for a lost node, or for ranks that don't end."""
         name, now = worker.name, time.monotonic()
-        if name in self._doomed:
-            if now > self._doomed[name]:
-                step.child.kill()
-        elif lost := self._failures.lost_nodes(worker):
-            listed = ", ".join(f"{node} is lost: {why}" for node, why in lost.items())
-            self._say(f"{name}: {listed}")
-            self._step_controller.cancel([step])
-            self._doomed[name] = now + LINGER_SECONDS
+        if name in self._ends:
+            self._ends[name].poll()
+            return
+        if lost := self._failures.lost_nodes(worker):
+            why = ", ".join(f"{node} is lost ({reason})" for node, reason in lost.items())
+        elif name in self._planned and now > self._planned[name][1]:
+            why = "it hasn't drained in time"
+        elif self._failures.may_hang and self._starts[name].has_files:
+            if now < self._reported.setdefault(name, now) + LINGER_SECONDS:
+                return
+            why = "its ranks have reported a failure, and its launcher still runs"
+        else:
+            return
+        self._say(f"{name}: {why}: ending what is left of its step")
+        self._ends[name] = StepEnd(step, self._step_controller)
 
     def _ended(self, worker: Worker, step: Step, code: int) -> None:
         step.child.kill()  # the remaining processes of a killed launcher on this host
-        if code == ExitCode.OK and self._is_disorderly(worker, step):
+        if worker.name in self._planned:
+            self._deregister(worker.name, step.command)
+            self._step_controller.cancel([step])
+            self._say(f"{worker.name}: ended with {code}, as requested")
+            self._failed_at[worker.name] = time.time()
+            self._act(worker, self._planned.pop(worker.name)[0])
+            return
+        if code == ExitCode.OK and is_disorderly(worker.name, step, self._run_dir):
             self._say(
                 f"{worker.name}: its launcher ended with 0, but its ranks did not end in order: a host may be lost"
             )
@@ -223,30 +250,20 @@ class WorkerSet:
             self.departed[worker.name] = time.time()
             self._say(f"{worker.name}: ended with 0 on request; it isn't restarted")
             return
-        output = step.child.output()
-        require_container(worker.name, output, worker.nodes, worker.ranks_per_node)
-        beginning, report = self._starts[worker.name], None
-        is_printed = is_reported(code, output)
-        is_known = is_printed or beginning.has_files
-        if not is_printed and (written := beginning.written()):
-            self._say(f"{worker.name}: {written}")
-        trace = Trace() if is_known else trace_in_etcd(beginning, self._clients)
-        self._deregister(worker.name, step.command)
-        self._step_controller.cancel([step])  # if only srun was killed, its ranks still run
-        if not is_known:
-            report = report_death(beginning, step, code, trace, self._clients)
-        death = first_death(output)
-        evidence = Evidence(
-            code,
-            worker.nodes,
-            beginning.reports(),
-            None if death is None else death.placed(worker.nodes, worker.ranks_per_node),
-            trace.phase or ("serve" if worker.name in self._ready else ""),
-            tuple(self._failures.lost_nodes(worker)),
-        )
-        served = time.monotonic() - self._ready[worker.name] if worker.name in self._ready else 0.0
+        require_container(worker.name, step.child.output(), worker.nodes, worker.ranks_per_node)
+
+        def clear() -> None:
+            self._deregister(worker.name, step.command)
+            self._step_controller.cancel([step])  # if only srun was killed, its ranks still run
+
+        self._failed_at[worker.name] = time.time()
+        ready = self._ready.get(worker.name)
+        lost = tuple(self._failures.lost_nodes(worker))
+        end = WorkerEnd(step, code, self._starts[worker.name], lost, was_ready=ready is not None)
+        self._found[worker.name], report = end.examine(self._clients, clear, self._say)
         self._endings[worker.name] = _Ending(step, code, report)
-        self._failures.failed(worker, blame(evidence), served, self._environment)
+        served = 0.0 if ready is None else time.monotonic() - ready
+        self._failures.failed(worker, self._found[worker.name], served, self._environment)
         self._settle(worker)
 
     def _settle(self, worker: Worker) -> None:
@@ -254,7 +271,7 @@ class WorkerSet:
         others = [
             other.name
             for other in self._failures.workers
-            if other.role == worker.role and other.name != worker.name and self._lives(other.name)
+            if other.role == worker.role and other.name != worker.name and self.lives(other.name)
         ]
         action = self._failures.due(worker, others)
         if action is None:
@@ -274,6 +291,16 @@ class WorkerSet:
         self._pauses[worker.name] = time.monotonic() + action.seconds
         self._say(f"{worker.name}: ended with exit code {code}; {self._next(worker.name, action)}")
 
+    def _act(self, worker: Worker, action: MoveToSpare | Degrade) -> None:
+        """Do what was planned for the worker's end."""
+        if isinstance(action, Degrade):
+            self._pauses.pop(worker.name, None)
+            self.given_up[worker.name] = action.reason
+            self._failures.leave_out(action.reasons, worker.name)
+            return
+        self._failures.move(worker, action)
+        self._pauses[worker.name] = time.monotonic()
+
     def _next(self, name: str, action: Action) -> str:
         """Describe a worker's next start."""
         assert not isinstance(action, (Degrade, Stop))  # noqa: S101 - `_settle` has seen to it
@@ -287,16 +314,6 @@ class WorkerSet:
                 return "; ".join([*words, f"start {self._count[name] + 1} {when}"])
         restarts, most = self._failures.restarts(name), self._failures.max_restarts
         return "; ".join([*words, f"start {restarts + 1} of at most {most + 1} in an hour, {when}"])
-
-    def _lives(self, name: str) -> bool:
-        return name in self._running or name in self._pauses or name in self._endings
-
-    def _is_disorderly(self, worker: Worker, step: Step) -> bool:
-        """Return whether exit code 0 hides a failure: Open MPI 5's mpirun has no other code for a lost host. A worker that ends in order
-        removes its ready file, and rank 0 logs its last line."""
-        if GOODBYE in step.last_words(200):
-            return False
-        return self._run_dir.is_ready(worker.name) or first_death(step.child.output()) is not None
 
     def _deregister(self, name: str, command: Command) -> None:
         """Revoke the registrations of a step whose processes have all ended."""

@@ -119,9 +119,22 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         launch.assert_nothing_left()
         starts = {path.stem: read_traces(path)[0] for path in (launch.run_dir / "timeline").glob("*.html")}
         drawn = {name: (start.role, start.attempt, start.outcome) for name, start in starts.items()}
-        assert drawn == {"prefill-0": ("prefill", 2, "ended"), "decode-0": ("decode", 1, "ended")}
+        assert drawn == {
+            "prefill-0": ("prefill", 2, "ended"),
+            "prefill-0.1": ("prefill", 1, "failed"),
+            "decode-0": ("decode", 1, "ended"),
+        }
         (launcher,) = read_traces(launch.run_dir / "timeline" / "launch.json")
-        assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services"]
+        assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services", "prefill-0 recovery"]
+        picture = subprocess.run(
+            [sys.executable, "-m", "dynamo_mpi", "timeline", "--run-dir", str(launch.run_dir)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "failed: rank 0 on " in picture
+        assert "was killed by signal 9 (SIGKILL)" in picture
+        assert "prefill-0 recovery" in picture
 
 
 def test_a_worker_with_no_process_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:

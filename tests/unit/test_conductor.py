@@ -21,8 +21,10 @@ from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
-from dynamo_mpi.deploy import node_inquiry, recovery, reports, step_ender
+from dynamo_mpi.deploy import first_steps, node_inquiry, recovery, reports, step_ender
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
+from dynamo_mpi.deploy.node_health import parse_nodes
+from dynamo_mpi.deploy.node_watch import NodeWatch
 from dynamo_mpi.deploy.nodes import Placement, Worker
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.services import StepFailed
@@ -126,11 +128,12 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "run"
 
     def begin(
-        when: str = "",
+        when: str | tuple[str, ...] = "",
         do: Callable[[], None] = lambda: None,
         max_restarts: int = 0,
         workers: Sequence[Worker] = (PREFILL, DECODE),
         spares: tuple[str, ...] = (),
+        watch: NodeWatch | None = None,
         changes: Mapping[str, str] = NONE,
         in_services: bool = False,
         **scripts: str,
@@ -139,7 +142,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
 
         def say(text: str) -> None:
             said.append(text)
-            if when and is_due(when, said):
+            if any(words and is_due(words, said) for words in ((when,) if isinstance(when, str) else when)):
                 # not from within: what it does may be looked at before this line returns
                 threading.Thread(target=do).start()
 
@@ -151,7 +154,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
                     Placement(tuple(workers), spares, "head"),
                     Rendered(Steps(folder, checks_in_services=in_services, **scripts)),
                     MpirunStepController(),
-                    LaunchContext(run_dir, interrupts, say),
+                    LaunchContext(run_dir, interrupts, say, watch=watch),
                 )
                 try:
                     return conductor.run(), "\n".join(said)
@@ -255,7 +258,7 @@ def test_services_that_end_are_reported_with_their_output(run: Run) -> None:
 
 
 def test_services_that_are_ready_where_we_cannot_see_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conductors, "UNSEEN_SECONDS", 0.2)
+    monkeypatch.setattr(first_steps, "UNSEEN_SECONDS", 0.2)
     code, said = run(services=f"echo 'head node: 0.5 s  ready: /elsewhere/services.json'; {WAIT}")
     assert (code, "on a file system that the nodes and this host share" in said) == (64, True)
 
@@ -312,7 +315,8 @@ def test_a_container_that_pyxis_cannot_start_is_a_mistake(run: Run, step: str) -
     assert "refused the deployment" not in said
 
 
-READY_ON_S1 = "decode-0: ready"
+READY_ON_S1 = AGAIN_ON_S1 = "decode-0: ready"
+APART = (replace(PREFILL, nodes=("m",)), DECODE)
 AGAIN = "decode-0: ready#2"
 READY_AND = SERVE.split(";")[0]
 SICK = f"""echo '{HERE}'; echo '{result(["V10: GPU 3: 2 uncorrected ECC errors"])}'"""
@@ -452,6 +456,110 @@ def test_three_ends_for_the_same_cause_end_it(run: Run) -> None:
     code, said = run(max_restarts=9, spares=("s1", "s2"), decode="echo; exit 70")
     assert (code, "decode-0 ended 3 times with the same cause" in said) == (70, True), said
     assert "start 4" not in said
+
+
+DRAINS = f"{READY_AND}; trap 'rm $READY; echo exit: done; kill $!; exit 0' TERM; sleep 60 & wait"
+
+
+def request(tmp_path: Path, node: str) -> Callable[[], None]:
+    """Ask for a node to be replaced, as `dynamo-mpi replace` does."""
+
+    def write() -> None:
+        (tmp_path / "run" / "replace").mkdir(mode=0o700)
+        (tmp_path / "run" / "replace" / node).touch(mode=0o600)
+
+    return write
+
+
+def replacements(run: Run, tmp_path: Path, node: str, last: str, **more: Any) -> tuple[int, str, list[dict[str, Any]]]:
+    """Run a deployment with a request; return its end, and the request's, when the last words were said."""
+    seen: list[dict[str, Any]] = []
+
+    def act() -> None:
+        if not seen:
+            seen.append({})
+            request(tmp_path, node)()
+            return
+        while seen[-1].get("state") not in ("done", "refused"):
+            seen.append((content_of(tmp_path / "run" / "deployment.json")["replacements"] or [{}])[-1])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    code, said = run((READY, last), act, 3, **more)
+    return code, said, seen
+
+
+def test_a_node_is_taken_out_by_request_and_its_worker_moves_to_a_spare(run: Run, tmp_path: Path) -> None:
+    code, said, seen = replacements(run, tmp_path, "n", AGAIN, workers=APART, spares=("s1",), decode=DRAINS)
+    assert code == 143, said
+    assert "replace n of decode-0: draining, s1 takes its place" in said
+    assert "decode-0: ended with 0, as requested" in said
+    assert said.index("as requested") < said.index("decode-0: 1 rank on s1")
+    assert (seen[-1]["state"], seen[-1]["to"], seen[-1]["worker"]) == ("done", "s1", "decode-0")
+    assert said.count("prefill-0: ready") == 1
+    written = content_of(tmp_path / "run" / "excluded.json")["nodes"]
+    assert [(one["node"], one["reason"]) for one in written] == [("n", "taken out by request")]
+
+
+def test_without_a_spare_another_worker_of_the_role_has_to_serve(run: Run, tmp_path: Path) -> None:
+    workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
+    code, said, seen = replacements(run, tmp_path, "n", "replace n of decode-0: done", workers=workers, decode=DRAINS)
+    assert (code, seen[-1]["state"]) == (143, "done"), said
+    assert "decode-0: ended with 0, as requested" in said
+    assert said.count("decode-0: 1 rank") == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        ("n", "no spare node is left, and no other worker of its role serves while decode-0 is away"),
+        ("head", "it is the head node"),
+        ("z", "no worker and no spare of this deployment is there"),
+    ],
+)
+def test_a_request_that_is_refused_changes_nothing(run: Run, tmp_path: Path, node: str, why: str) -> None:
+    code, said, seen = replacements(run, tmp_path, node, f"replace {node}", workers=APART, decode=DRAINS)
+    assert (code, seen[-1]["state"], why in seen[-1]["reason"]) == (143, "refused", True), said
+    assert said.count("decode-0: 1 rank") == 1
+
+
+def test_a_spare_is_taken_out(run: Run, tmp_path: Path) -> None:
+    code, said, seen = replacements(run, tmp_path, "s1", "replace s1: done", workers=APART, spares=("s1", "s2"))
+    assert (code, seen[-1]["reason"]) == (143, "it was a spare"), said
+
+
+def watch_of(states: str) -> NodeWatch:
+    """Return a watch over nodes in these states, which no Slurm changes: ``n=DOWN``."""
+    pairs = [pair.split("=") for pair in states.split()]
+    watch = NodeWatch([name for name, _ in pairs])
+    watch._seen = parse_nodes("\n".join(f"NodeName={name} State={state}" for name, state in pairs))
+    return watch
+
+
+def test_a_lost_head_node_ends_it_with_75(run: Run) -> None:
+    code, said = run(workers=APART, watch=watch_of("head=DOWN m=ALLOCATED n=ALLOCATED"), max_restarts=3, spares=("s1",))
+    assert (code, "the head node head is lost, with etcd, NATS and the frontend: Slurm says down" in said) == (75, True)
+
+
+def test_a_lost_node_s_launcher_is_not_waited_for(run: Run) -> None:
+    deaf = f'if [ "$NODES" = n ]; then trap "" TERM INT; while :; do sleep 0.1; done; else {SERVE}; fi'
+    began = time.monotonic()
+    watch = watch_of("head=ALLOCATED m=ALLOCATED n=DOWN*")
+    code, said = run(
+        AGAIN_ON_S1, raise_signal(signal.SIGTERM), 3, workers=APART, watch=watch, spares=("s1",), decode=deaf
+    )
+    assert code == 143, said
+    assert "decode-0: n is lost (Slurm says down+not_responding): ending what is left of its step" in said
+    assert (
+        "decode-0: ended with exit code 75; n is left out (Slurm says down+not_responding), s1 takes its place" in said
+    )
+    assert time.monotonic() < began + 20
+
+
+def test_a_drained_node_is_told_once_and_its_worker_goes_on(run: Run) -> None:
+    watch = watch_of("head=ALLOCATED m=ALLOCATED n=ALLOCATED+DRAIN")
+    code, said = run(READY, raise_signal(signal.SIGTERM), 3, workers=APART, watch=watch, spares=("s1",))
+    assert (code, said.count("warning: n is drained (Slurm says drain); its worker goes on")) == (143, 1)
+    assert said.count("decode-0: 1 rank") == 1
 
 
 WITH_FRONTEND = Steps.services.replace('"url": ""', '"url": "http://h:1"')
