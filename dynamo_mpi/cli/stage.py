@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,23 +18,29 @@ from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.config.options import Option, add_options, resolve, to_folder
+from dynamo_mpi.config.options import Option, add_options, resolve, to_stage
 from dynamo_mpi.deploy.hostlist import expand
 from dynamo_mpi.deploy.launchers import staging_step, without_srun_input
 from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
 from dynamo_mpi.deploy.step_commands import Command
-from dynamo_mpi.layout.format import gib
-from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory
+from dynamo_mpi.ops.staged import describe, read_staged
 from dynamo_mpi.stage.manifest import StageError
-from dynamo_mpi.stage.store import Store, own_name
+from dynamo_mpi.stage.site import AUTO, NONE, site_folder
+from dynamo_mpi.stage.store import Store
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-    from dynamo_mpi.stage.store import Entry
 
-STAGE = Option("stage", ("--stage",), ("DYN_MPI_STAGE",), None, to_folder, "the folder that workers got by --stage")
+STAGE = Option(
+    "stage",
+    ("--stage",),
+    ("DYN_MPI_STAGE",),
+    AUTO,
+    to_stage,
+    "the folder that workers got by --stage; auto as for a worker",
+)
 OPTIONS = (STAGE, *(option for option in LAUNCH_OPTIONS if option.name in ("mpi", "srun_args", "python")))
 ALL = "all"
 
@@ -57,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: no folder is given, it can't be used, or has no such copy.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
-    if values["stage"] is None:
+    if values["stage"] == AUTO and (site := site_folder(os.environ)) is not None:
+        values["stage"] = site.path
+    if values["stage"] in (AUTO, NONE):
         raise UsageError("no folder was given", expected="the workers' folder", fix="--stage DIR, or DYN_MPI_STAGE=DIR")
     if arguments.model is not None:
         return _copy(_Copying(arguments.model, arguments.nodes, arguments.dry_run, values))
@@ -128,57 +135,36 @@ def _words(value: object) -> tuple[str, ...]:
 
 def _show(folder: str, names: list[str], *, as_json: bool) -> int:
     """Remove copies, and show those that are left."""
-    if not os.path.isdir(folder):
-        raise UsageError(f"there is no folder {folder} on {host_name()}", fix="correct --stage")
-    entries: list[Entry] = []
-    kept: list[str] = []
-    path = os.path.join(folder, own_name())
     try:
-        with contextlib.suppress(FileNotFoundError), contextlib.closing(Store(folder, create=False)) as store:
-            path, entries = store.path, store.entries()
-            if names:
-                kept = _unstage(store, names, entries)
-                entries = store.entries()
+        kept = _unstage(folder, names) if names else []
+        staged = read_staged(folder)
+    except FileNotFoundError:
+        raise UsageError(f"there is no folder {folder} on {host_name()}", fix="correct --stage") from None
     except StageError as error:
         raise UsageError(str(error), fix="correct --stage, or the folder's rights") from None
-    if names and not os.path.isdir(path):
-        raise _unknown(names, path, [])
     if as_json:
-        listed = [entry._asdict() for entry in entries]
-        write_out(json.dumps({"host": host_name(), "folder": path, "free": free_bytes(folder), "copies": listed}))
+        listed = [entry._asdict() for entry in staged.entries]
+        write_out(json.dumps({"host": host_name(), "folder": staged.path, "free": staged.free, "copies": listed}))
     else:
-        write_out("\n".join([_head(folder, path, entries), *map(_line, entries)]))
+        write_out(
+            "\n".join([f"{host_name()}: {staged.summary}", *(f"  {describe(entry)}" for entry in staged.entries)])
+        )
         if kept:
             write_out(f"in use and kept: {', '.join(kept)}")
     return int(ExitCode.TEMPORARY if kept else ExitCode.OK)
 
 
-def _unstage(store: Store, names: list[str], entries: list[Entry]) -> list[str]:
+def _unstage(folder: str, names: list[str]) -> list[str]:
     """Remove copies; return the names of those that are in use."""
-    there = [entry.name for entry in entries]
+    staged = read_staged(folder)
+    there = [entry.name for entry in staged.entries]
     if unknown := sorted(set(names) - {*there, ALL}):
-        raise _unknown(unknown, store.path, there)
-    return [name for name in there if (name in names or ALL in names) and not store.remove(name)]
-
-
-def _unknown(names: list[str], path: str, there: list[str]) -> UsageError:
-    return UsageError(
-        f"there is no copy {', '.join(map(sanitize, names))} in {path}",
-        expected=", ".join(there) or "a copy; there is none",
-        fix="dynamo-mpi stage lists them",
-    )
-
-
-def _head(folder: str, path: str, entries: list[Entry]) -> str:
-    kind = file_system_type(folder)
-    where = "memory" if is_in_memory(kind) else kind or "disk"
-    count = f"{len(entries)} {'copy' if len(entries) == 1 else 'copies'}"
-    size = gib(sum(entry.size for entry in entries))
-    return f"{host_name()}: {count}, {size}, in {path} ({where}, {gib(free_bytes(folder))} free)"
-
-
-def _line(entry: Entry) -> str:
-    state = "in use" if entry.in_use else time.strftime("used %Y-%m-%d %H:%M", time.localtime(entry.used))
-    if not entry.complete:
-        state = "being made" if entry.in_use else "left by a worker that was killed"
-    return f"  {sanitize(entry.name)}  {gib(entry.size)}  {state}{f', of {sanitize(entry.source)}' if entry.source else ''}"
+        raise UsageError(
+            f"there is no copy {', '.join(map(sanitize, unknown))} in {staged.path}",
+            expected=", ".join(there) or "a copy; there is none",
+            fix="dynamo-mpi stage lists them",
+        )
+    if not there:
+        return []
+    with contextlib.closing(Store(folder)) as store:
+        return [name for name in there if (name in names or ALL in names) and not store.remove(name)]

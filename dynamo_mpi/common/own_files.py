@@ -361,14 +361,14 @@ def _require_guarded(path: str, status: os.stat_result, *, sole: bool) -> None:
     is_shared = not sole and status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
     if status.st_uid not in _trusted() and not is_shared:
         # root in a container often works in a mount of a user of the host
-        fix = f"run as that user (docker run --user {status.st_uid}:{status.st_gid}), or set --run-dir below a folder of root's"
+        fix = f"run as that user (docker run --user {status.st_uid}:{status.st_gid}), or name a folder below one of root's"
         whose = f"belongs to user {status.st_uid}, who can replace what is in it"
         raise UnsafeFileError(path, whose, "" if os.geteuid() else fix)
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise UnsafeFileError(
             path,
             "can be written by every user and has no sticky bit",
-            f"chmod +t {shell_word(path)}, or another --run-dir",
+            f"chmod +t {shell_word(path)}, or name another folder",
         )
 
 

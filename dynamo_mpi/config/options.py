@@ -113,6 +113,16 @@ def to_folder(text: str) -> Path:
     return path
 
 
+def to_stage(text: str) -> str:
+    """Parse where to stage: ``auto``, ``none``, or an absolute path."""
+    if text in ("auto", "none"):
+        return text
+    try:
+        return str(to_folder(text))
+    except ValueError:
+        raise ValueError("auto, none, or an absolute path") from None
+
+
 def to_path(text: str) -> Path:
     """Parse a path."""
     from pathlib import Path  # takes milliseconds, and `check` needs no Path

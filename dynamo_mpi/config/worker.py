@@ -74,7 +74,7 @@ class Settings:
     probe_seconds: float
     probe_kv_seconds: float | None
     cpu_bind: str
-    stage: Path | None
+    stage: str
     only_stage: bool
     stage_timeout: float
     stage_readers: int

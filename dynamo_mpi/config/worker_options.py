@@ -15,6 +15,7 @@ from dynamo_mpi.config.options import (
     to_probes,
     to_runtime_port,
     to_size,
+    to_stage,
     to_switch,
     to_text,
 )
@@ -246,10 +247,11 @@ OPTIONS: tuple[Option, ...] = (
         "stage",
         ("--stage",),
         ("DYN_MPI_STAGE",),
-        None,
-        to_folder,
+        "auto",
+        to_stage,
         "folder on a disk of each node, or /dev/shm: before the load, the nodes copy the model there, reading its own folder once for all of "
-        "them; later starts and other workers on the node use the same copy",
+        "them; later starts and other workers on the node use the same copy. auto: the folder that the site gives each job on its nodes "
+        "(SLURM_TMPDIR and others), if several nodes would read the model from a shared file system; none: never",
     ),
     Option(
         "only_stage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.engines.spec import EngineSpec
@@ -28,6 +29,20 @@ def check_engine_installed(settings: Settings) -> None:
             expected="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
             fix="start the ranks in that container, or pip install ai-dynamo",
         )
+
+
+def describe_read_ahead(settings: Settings, plan: PreflightInputs) -> str:
+    """Return how the engine reads the model's files ahead by itself; empty if nothing is known of it.
+
+    TensorRT-LLM's ``auto``, the default since it has the setting, reads ahead wherever it can, so nothing has to be set here.
+    """
+    if settings.engine != "trtllm":
+        return ""
+    if (policy := plan.config.keys.get("checkpoint_io_policy")) is not None:
+        return f"TensorRT-LLM reads ahead as the engine config says (checkpoint_io_policy: {sanitize(str(policy))})"
+    if plan.version is not None and plan.version.minor < (1, 3):
+        return ""
+    return "TensorRT-LLM reads ahead by itself (checkpoint_io_policy: auto)"
 
 
 def engine_spec(settings: Settings, plan: PreflightInputs) -> EngineSpec:

@@ -22,7 +22,7 @@ from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
-from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
+from dynamo_mpi.runtime.engine_choice import check_engine_installed, describe_read_ahead, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
 from dynamo_mpi.runtime.leader_caches import LeaderCaches
 from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
@@ -139,7 +139,8 @@ class LeaderRank:
             hardware_checks = plan_hardware_checks(settings, result.subject.layout, ranks_by_host(reports))
             spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
             self._staging = staging = LeaderStaging(self._context, settings, self._hooks)
-            stage = staging.plan(reports, rank0_address.network if rank0_address else "")
+            network = rank0_address.network if rank0_address else ""
+            stage = staging.plan(reports, network, describe_read_ahead(settings, inputs))
             self._caches = caches = LeaderCaches(self._context, settings, self._hooks)
             spec = spec._replace(bind=bind, stage=stage, caches=caches.plan(result.subject, inputs, reports))
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))

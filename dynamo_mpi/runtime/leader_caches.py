@@ -86,7 +86,7 @@ class LeaderCaches(WorkerHook):
             return ""
         name = name_of(str(settings.model), self._key)
         folders = folders_of(str(settings.cache), name)
-        stage = [] if settings.stage is None else [str(settings.stage)]
+        stage = [settings.stage] if os.path.isabs(settings.stage) else []
         bases = tuple(dict.fromkeys((*stage, tempfile.gettempdir(), "/tmp")))  # noqa: S108 - folders there are this user's own
         found = self._ask(
             {"do": "look", "folders": folders, "key": self._key, "ranks": self._world.size}, _LOOK_SECONDS

@@ -9,6 +9,7 @@ import time
 from dynamo_mpi.common.errors import RetryableError, UsageError
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
+from dynamo_mpi.mpi.placement import hosts
 from dynamo_mpi.runtime.follower import CONTINUE
 
 if TYPE_CHECKING:
@@ -30,20 +31,25 @@ def settings_to_only_stage(settings: Settings) -> Settings:
     """Return the settings of a world that only stages: it has no files of a worker's, whatever flags it shares with one.
 
     Raises:
-        UsageError: there is no ``--stage``.
+        UsageError: there is no ``--stage``, nor a folder of the site's.
     """
-    if settings.stage is None:
+    from dynamo_mpi.stage.site import AUTO, NONE, site_folder
+
+    folder = settings.stage
+    if folder == AUTO and (site := site_folder(os.environ)) is not None and not site.problem:
+        folder = site.path
+    if folder in (AUTO, NONE):
         raise UsageError(
             "--only-stage needs to know where to",
             expected="a folder on a disk of each node",
             fix="--stage DIR, or DYN_MPI_STAGE=DIR",
         )
     endpoint = f"dyn://{settings.namespace}.stage.generate"
-    return replace(settings, endpoint=endpoint, ready_file=None, metrics_file=None, timeline=None)
+    return replace(settings, stage=folder, endpoint=endpoint, ready_file=None, metrics_file=None, timeline=None)
 
 
 class LeaderStaging:
-    """The staging of one worker; without ``--stage``, nothing happens.
+    """The staging of one worker; with ``--stage none``, nothing happens.
 
     Args:
         context: rank 0's context.
@@ -64,29 +70,56 @@ class LeaderStaging:
         """Whether there is anything to do."""
         return self._plan is not None
 
-    def plan(self, reports: Sequence[RankReport], network: str) -> str:
+    def plan(self, reports: Sequence[RankReport], network: str, read_ahead: str = "") -> str:
         """Return what to stage, for `EngineSpec`; empty for nothing.
 
         Args:
             reports: the ranks' preflight reports, in rank order.
             network: the network that all nodes share; empty if it isn't known.
+            read_ahead: how the engine itself reads the model, if it isn't staged.
 
         Raises:
             RetryableError: it can't be staged, and staging is all that is to be done.
         """
         settings = self._settings
-        if settings.stage is None:
+        folder = settings.stage
+        if folder == "auto":
+            folder = self._site_folder(reports, read_ahead)
+        if folder in ("", "none"):
             return ""
         from dynamo_mpi.stage.manifest import StageError
         from dynamo_mpi.stage.plan import plan_staging
 
         limits = (settings.stage_readers, settings.stage_timeout, settings.stage_verify == "digest")
         try:
-            self._plan = plan_staging(str(settings.model), str(settings.stage), reports, network, limits)
+            plan = plan_staging(str(settings.model), folder, reports, network, limits)
         except StageError as error:
             self._warn(str(error))
             return ""
+        self._plan = plan._replace(auto=settings.stage == "auto")
         return self._plan.pack()
+
+    def _site_folder(self, reports: Sequence[RankReport], read_ahead: str) -> str:
+        """Return where to stage if no folder is named; empty for nowhere."""
+        from dynamo_mpi.stage.site import read_by_each_node, site_folder
+
+        nodes = len(hosts(reports))
+        shared = read_by_each_node(str(self._settings.model), nodes)
+        if not shared:
+            return ""
+        site = site_folder(os.environ)
+        if site is not None and not site.problem:
+            self._log.info(
+                f"stage: the {nodes} nodes copy the model to {site.path} ({site.variable}), as each would read it from {shared}; "
+                "--stage none leaves that out"
+            )
+            return site.path
+        unfit = f"{site.variable} ({site.path}) {site.problem}; " if site is not None else ""
+        self._log.info(
+            f"stage: each of the {nodes} nodes reads the model from {shared}; {unfit}--stage DIR has them read it once for all"
+            + (f". {read_ahead}" if read_ahead else "")
+        )
+        return ""
 
     def begin(self) -> None:
         """Start it. Collective."""
@@ -132,6 +165,9 @@ class LeaderStaging:
             raise RetryableError(
                 f"the model is not staged: {problem}", expected=_NEEDED, fix="correct --stage, or what it says"
             )
+        if self._settings.stage == "auto":
+            self._log.info(f"stage: the model is not staged, and is loaded from {self._settings.model}: {problem}")
+            return
         self._log.warning(
             f"the model is not staged, and is loaded from {self._settings.model}: {problem}\n"
             f"  expected: {_NEEDED}\n"

@@ -2,6 +2,7 @@
 """Copies the checkpoint to every node once, reading the shared file system once for all of them.
 
 manifest    the files of a model, and the extents in which they are copied
+site        where to stage if the user has named no folder
 plan        what to stage, the same on all ranks
 file_system what the system knows of a file system and its files
 store       the copies on this node: locks, room, what is used, what is removed

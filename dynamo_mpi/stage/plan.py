@@ -25,6 +25,7 @@ class StagePlan(NamedTuple):
         readers: how many extents a node reads at once.
         seconds: the time limit.
         digests: whether to read earlier copies to check them.
+        auto: whether the user hasn't named the folder.
     """
 
     folder: str
@@ -34,6 +35,7 @@ class StagePlan(NamedTuple):
     readers: int
     seconds: float
     digests: bool
+    auto: bool = False
 
     def pack(self) -> str:
         """Encode it."""

@@ -27,6 +27,7 @@ from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Status
 from dynamo_mpi.stage.helper import DONE, HelperPlan
 from dynamo_mpi.stage.manifest import Manifest, StageError
+from dynamo_mpi.stage.site import problem_of
 from dynamo_mpi.stage.store import State, Store
 from dynamo_mpi.stage.wire import Peer
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.stage.plan import StagePlan
 
 SETTING = "--stage (DYN_MPI_STAGE)"
+MEMORY_COST = "in memory, where it counts against the job's limit, and on GB200 against the KV cache"
 _BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
 _GRACE_SECONDS = 30.0
 _CANCEL_SECONDS = 10.0
@@ -163,6 +165,8 @@ class Staging:
 
     def _prepare(self) -> dict[str, Any]:
         """Look at this node's copy, and listen if it must be made."""
+        if self._plan.auto and (unfit := problem_of(self._plan.folder)):
+            return {"problem": f"{host_name()}: {self._plan.folder} {unfit}"}
         try:
             store = self._store = Store(self._plan.folder)
             self._lock = store.open_lock(self._manifest.folder_name)
@@ -323,7 +327,7 @@ def describe(figures: Mapping[str, Any]) -> str:
     size, seconds = gib(figures["bytes"]), figures["seconds"]
     several = figures["nodes"] > 1
     nodes = f"{figures['nodes']} node{'s' if several else ''}"
-    cost = ", in memory, where it counts against the job's limit" if figures["in_memory"] else ""
+    cost = f", {MEMORY_COST}" if figures["in_memory"] else ""
     if not figures["nodes_copied"]:
         return f"stage: {nodes} had the model already ({size}) in {figures['path']}{cost}"
     return (

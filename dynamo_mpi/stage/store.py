@@ -65,8 +65,8 @@ class Entry(NamedTuple):
         size: bytes; of an incomplete one, those that are there.
         used: when a worker last took it, in seconds since 1970.
         in_use: whether a worker uses or makes it.
-        complete: whether it is complete.
-        source: the folder that it is a copy of; empty if it is incomplete.
+        complete: whether it is complete, and its files are as they were copied.
+        source: the folder that it is a copy of; empty if it was never complete.
     """
 
     name: str
@@ -299,7 +299,8 @@ class Store:
         except (OSError, ValueError):
             size = size_on_disk(os.path.join(self.path, f"{PARTIAL}{name}")) + size_on_disk(self.copy_path(name))
             return Entry(name, size, used, in_use, complete=False)
-        return Entry(name, marker.size, used, in_use, complete=True, source=marker.source)
+        complete = marker.folder_name == name and self.is_complete(marker)
+        return Entry(name, marker.size, used, in_use, complete, marker.source)
 
     def _lock(self, lock: int, kind: int) -> bool:
         try:

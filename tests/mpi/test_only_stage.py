@@ -65,3 +65,12 @@ def test_what_can_t_be_staged_ends_the_world(mpirun: Mpirun, tmp_path: Path, mod
 
 def test_where_to_must_be_known(mpirun: Mpirun, model: Path) -> None:
     assert_refused(mpirun.worker(2, "--only-stage", "--model", str(model)), 64, "--only-stage needs to know where to")
+
+
+def test_the_site_s_folder_is_where_to(tmp_path: Path, model: Path) -> None:
+    scratch = tmp_path / "job"
+    scratch.mkdir(0o700)
+    command = [sys.executable, "-m", "dynamo_mpi.worker", "--only-stage", "--model", str(model)]
+    done = run_command(command, env=mpi_environment({"SLURM_TMPDIR": str(scratch)}), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert Store(str(scratch)).is_complete(scan(str(model)))

@@ -155,7 +155,7 @@ def test_parents_that_others_can_write(shared: Path, mode: int, group: int, why:
         return
     with pytest.raises(UnsafeFileError, match=why) as caught:
         guarded(shared / "run")
-    assert caught.value.fix == f"chmod +t {shared}, or another --run-dir"
+    assert caught.value.fix == f"chmod +t {shared}, or name another folder"
 
 
 @needs_root

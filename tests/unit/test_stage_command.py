@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
+from dynamo_mpi.ops.doctor.check import Check, Context, Status
+from dynamo_mpi.ops.doctor.staged import check_staged
 from dynamo_mpi.stage.manifest import scan
 from dynamo_mpi.stage.store import Store
 from tests.unit.test_stage_store import copy
@@ -88,3 +90,36 @@ def test_a_step_beside_the_job_s_others_stages_on_nodes(
     assert "mpirun --host n2,n3 --map-by ppr:1:node -n 2 " in capsys.readouterr().err
     assert main(["stage", "--stage", str(folder), "--nodes", "n2"]) == 64
     assert "--nodes and --dry-run are for copying a model" in capsys.readouterr().err
+
+
+def test_doctor_shows_what_is_staged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(**environ: str) -> list[Check]:
+        return list(check_staged(Context(environ)))
+
+    variable = {"DYN_MPI_STAGE": str(folder)}
+    assert check() == check(DYN_MPI_STAGE="none") == []
+    assert check(**variable) == [Check("staged", Status.OK, f"nothing: {folder} isn't there yet")]
+    folder.mkdir(0o700)
+    assert list(folder.iterdir()) == []
+    (first, lock), (_, in_use) = stage(folder, "a"), stage(folder, "b")
+    os.close(lock)
+    (whole,) = check(SLURM_TMPDIR=str(folder))
+    assert whole.status is Status.OK
+    lines = whole.found.splitlines()
+    assert lines[0].startswith(f"2 copies, 0.0 GiB, in {folder}/dynamo-mpi-")
+    assert lines[1].startswith(f"{first}  0.0 GiB  used ")
+    assert lines[2].endswith(f"in use, of {folder.parent / 'b'}")
+    copied = Path(Store(str(folder)).copy_path(first)) / "w"
+    copied.chmod(0o600)
+    copied.write_bytes(b"other")
+    (damaged,) = check(**variable)
+    assert (damaged.status, damaged.fix) == (Status.WARNING, f"dynamo-mpi stage --unstage {first}")
+    assert "damaged: a file is not as it was copied, of " in damaged.found
+    os.close(in_use)
+    folder.chmod(0o777)
+    (open_to_others,) = check(SLURM_TMPDIR=str(folder))
+    assert (open_to_others.status, "can be written by others" in open_to_others.found) == (Status.WARNING, True)
+    folder.chmod(0o700)
+    monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "lustre")
+    (shared,) = check(**variable)
+    assert "is on a shared file system (lustre)" in shared.found

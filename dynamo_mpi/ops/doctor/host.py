@@ -20,6 +20,7 @@ from dynamo_mpi.common.process import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error_or_warning, of_finding, ok, warning
 from dynamo_mpi.ops.doctor.host_facts import Segment, own_segments, unused
+from dynamo_mpi.ops.doctor.staged import check_staged
 from dynamo_mpi.supervisor.leftovers import paths_in_use
 
 if TYPE_CHECKING:
@@ -194,5 +195,6 @@ SECTION = Section(
         Probe("limits", check_limits),
         Probe("cpus", check_processor),
         Probe("tmp", check_temporary),
+        Probe("staged", check_staged),
     ),
 )
