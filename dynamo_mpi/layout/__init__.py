@@ -22,6 +22,7 @@ The rules
     divisibility         how heads, MLPs and experts are divided; legal_sizes: the legal values of each size, by all rules
 Sizes in bytes
     memory               each stage's memory; weights: of a rank; layer_weights: of one layer; kv_cache: of a token; overheads: the rest
+    staging_room         of a whole checkpoint, as it is staged on a node
 Results
     library              `check` and `plan`; report: a worker's or pair's result; report_text: its text; versions_report: over all versions
     finding              what a rule found; format: numbers and tables; planner: legal layouts, best first; suggestions: the nearest ones

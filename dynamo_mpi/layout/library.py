@@ -33,12 +33,14 @@ from dynamo_mpi.layout.layout import Cluster, cluster_for
 from dynamo_mpi.layout.model_files import ModelFiles, find_draft, find_model
 from dynamo_mpi.layout.report import Report, check_worker
 from dynamo_mpi.layout.spec import ROLES, LayoutSpec
+from dynamo_mpi.layout.staging_room import staging_room
 from dynamo_mpi.layout.trtllm_version import installed_trtllm_version, parse_trtllm_version
 
 if TYPE_CHECKING:
     from dynamo_mpi.common.errors import ExitCode
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.planner import Plan
+    from dynamo_mpi.layout.staging_room import StagingRoom
     from dynamo_mpi.layout.trtllm_version import TrtllmVersion
 
     Model = str | os.PathLike[str] | ModelFiles
@@ -84,6 +86,7 @@ class PlanReport:
         subject: the requested worker.
         layouts: the layouts, best first; empty if there is none.
         findings: what no layout can solve: keys, number formats, limits.
+        staging: the room that a staged copy of the model takes on each node; None if it isn't known.
     """
 
     model: str
@@ -91,6 +94,7 @@ class PlanReport:
     subject: LayoutSpec
     layouts: tuple[Plan, ...]
     findings: tuple[Finding, ...] = field(default=())
+    staging: StagingRoom | None = None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -134,7 +138,8 @@ def check(model: Model, engine_config: EngineInput = None, worker: Worker = _WOR
         UsageError: likewise.
     """
     files, merged = _read(model, engine_config, worker)
-    return check_worker(_spec(files, merged, worker, _cluster(merged, worker)), merged.findings)
+    subject = _spec(files, merged, worker, _cluster(merged, worker))
+    return check_worker(subject, merged.findings, staging=staging_room(files.config, subject.shape))
 
 
 def plan(model: Model, gpus: int, engine_config: EngineInput = None, worker: Worker = _WORKER) -> PlanReport:
@@ -176,7 +181,12 @@ def plan(model: Model, gpus: int, engine_config: EngineInput = None, worker: Wor
     subject = _spec(files, merged, worker, cluster)
     path = files.config if isinstance(model, ModelFiles) else os.fspath(model)
     return PlanReport(
-        files.name, path, subject, tuple(find_layouts(subject)), (*merged.findings, *config_findings(subject))
+        files.name,
+        path,
+        subject,
+        tuple(find_layouts(subject)),
+        (*merged.findings, *config_findings(subject)),
+        staging_room(files.config, subject.shape),
     )
 
 

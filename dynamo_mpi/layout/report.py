@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.staging_room import StagingRoom
 
 # rules about the text of the engine config: if only these are broken, the file is invalid, not the layout
 TEXT_RULES = ("H",)
@@ -33,12 +34,14 @@ class Report:
         findings: the findings of all rules, in the rules' order.
         memory: its memory estimate; None if the config lacks sizes.
         suggest: whether to find layouts that would work.
+        staging: the room that a staged copy of the model takes on each node; None if it isn't known, or wasn't asked for.
     """
 
     subject: LayoutSpec
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
     suggest: bool = True
+    staging: StagingRoom | None = None
 
     @cached_property
     def nearest(self) -> tuple[LayoutSpec, ...]:
@@ -89,6 +92,7 @@ class Report:
             "unknown": list(self.unknown),
             "legal": legal_sizes(subject),
             "memory": self.memory.as_json() if self.memory is not None else {},
+            "staging": self.staging.as_json() if self.staging is not None else {},
             "nearest": [
                 {"name": short_name(other), "role": other.role, "layout": other.layout_as_json()}
                 for other in self.nearest
@@ -159,15 +163,18 @@ def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = 
     return ExitCode.DATA if first is None else special.get(first.rule, ExitCode.ILLEGAL_LAYOUT)
 
 
-def check_worker(subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
+def check_worker(
+    subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: bool = True, staging: StagingRoom | None = None
+) -> Report:
     """Apply all rules to one worker.
 
     Args:
         subject: the worker.
         more: earlier findings, e.g. from merging its config.
         suggest: whether to find layouts that would work if there is an error.
+        staging: the room that a staged copy takes, for the report.
     """
-    report = Report(subject, (*more, *all_findings(subject)), estimate(subject), suggest)
+    report = Report(subject, (*more, *all_findings(subject)), estimate(subject), suggest, staging)
     if suggest and any(finding.rule == "A2" for finding in report.findings):
         findings = tuple(_with_what_was_meant(finding, report) for finding in report.findings)
         changed = replace(report, findings=findings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.engine_yaml import engine_yaml, srun_line
 from dynamo_mpi.layout.finding import Severity, errors, render
 from dynamo_mpi.layout.format import columns, counted, gib, short_name
@@ -45,6 +46,8 @@ def describe_plans(report: PlanReport, limit: int) -> str:
         + (", and by estimate none fits" if nothing_fits else "")
         + f"\n{columns(head, rows, right=(0, 3, 4, 5))}{more}"
     )
+    if report.staging is not None:
+        parts[-1] += f"\n{report.staging.line(subject.cluster.gpu)}"
     if nothing_fits:
         parts.append(_enough(subject))
     else:
@@ -88,6 +91,7 @@ def plans_as_json(report: PlanReport) -> dict[str, Any]:
         "gpu": subject.cluster.gpu,
         "trtllm_version": None if subject.version is None else str(subject.version),
         "findings": [finding.as_json() for finding in report.findings],
+        "staging": report.staging.as_json() if report.staging is not None else {},
         "layouts": [
             {
                 "name": short_name(made.subject),
@@ -117,7 +121,8 @@ def describe_report(model: str, report: Report) -> str:
 
 def describe_pair(model: str, report: PairReport) -> str:
     """Format the report on both workers of a pair, and on the pair itself."""
-    parts = [describe_report(model, report.prefill), describe_report(model, report.decode)]
+    # both load one model
+    parts = [describe_report(model, report.prefill), describe_report(model, replace(report.decode, staging=None))]
     between = render(report.findings) if report.findings else ""
     parts.append(f"between prefill and decode: {summary(report.findings)}" + (f"\n{between}" if between else ""))
     return "\n\n".join(parts)
@@ -152,6 +157,8 @@ def _lines(model: str, report: Report) -> Iterator[str]:
         yield render(shown)
     if report.memory is not None:
         yield memory_line(report.memory)
+    if report.staging is not None:
+        yield report.staging.line(subject.cluster.gpu)
     if report.nearest:
         yield "layouts that would work:"
         width = max(len(short_name(other)) for other in report.nearest)
