@@ -61,6 +61,7 @@ SAMPLES = {
     "stage_timeout": "77.5",
     "stage_readers": "3",
     "stage_verify": "digest",
+    "cache": "/shared/caches",
     "load_timeout": "3.5",
     "warmup_timeout": "2.5",
     "drain_timeout": "0",
