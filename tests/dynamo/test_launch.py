@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.ops.listeners import Reach, find_listeners
+from dynamo_mpi.stage.store import Store
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
@@ -135,6 +137,26 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert "failed: rank 0 on " in picture
         assert "was killed by signal 9 (SIGKILL)" in picture
         assert "prefill-0 recovery" in picture
+
+
+@pytest.mark.full
+def test_both_workers_on_a_host_use_one_staged_copy(tmp_path: Path, model_dir: Path) -> None:
+    # the fixture's has links out of its folder
+    model = Path(shutil.copytree(model_dir, tmp_path / "models" / model_dir.name))
+    local = tmp_path / "local"
+    with LaunchCommand(tmp_path, model, "--stage-dir", str(local)) as launch:
+        launch.wait_for_text("ready: smollm2. Try:")
+        status, reply = launch.ask()
+        assert (status, reply["choices"][0]["message"]["content"]) == (200, "The capital of France is Paris.")
+        store = Store(str(local))
+        (entry,) = store.entries()
+        assert (entry.complete, entry.in_use, entry.source) == (True, True, str(model))
+        logs = [(launch.run_dir / "logs" / f"{name}-0.log").read_text() for name in ("prefill", "decode")]
+        assert sorted("had the model already" in log for log in logs) in ([False, True], [False, False])
+        assert all(f"in {store.copy_path(entry.name)}" in log for log in logs), logs
+        launch.process.send_signal(signal.SIGINT)
+        assert launch.wait(30) == 130
+        assert not store.entries()[0].in_use
 
 
 def test_a_worker_with_no_process_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:

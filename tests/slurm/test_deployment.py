@@ -24,11 +24,13 @@ from tests.namespaces.commands import InsideProcess
 
 from .deployment import Deployment
 from .session import SlurmSession
+from .slow_folder import slow_folder
 from .stack import OUR_MODULES, PROGRAMS
 
 pytestmark = pytest.mark.slurm
 Launch = Callable[..., Deployment]
 STAGE_DIR = "/dev/shm"
+SHARE_RATE = 64e6
 # after the last process of its step; its lease would last for many seconds
 OUT_SECONDS = 2.0
 # of Dynamo's example, for a text model
@@ -148,12 +150,19 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
 
 
 @pytest.mark.full
-def test_a_deployment_stages_its_model_on_each_node(
+def test_a_deployment_stages_its_model_from_a_slow_shared_folder(
     launch: Launch, slurm: SlurmSession, tmp_path: Path, model_dir: Path
 ) -> None:
     # the fixture's has links out of its folder
-    model = shutil.copytree(model_dir, tmp_path / "model")
-    deployment = launch(MOUNTS=f"{ROOT}:/mnt,{model}:/models/smollm2", STAGE_DIR=STAGE_DIR)
+    model, mounted = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "mounted"
+    with slow_folder(slurm, model, mounted, SHARE_RATE) as share:
+        deployment = launch(MOUNTS=f"{ROOT}:/mnt,{mounted}:/models/smollm2", STAGE_DIR=STAGE_DIR)
+        check_staged_deployment(deployment, slurm)
+        # each worker has read it once, and the services and rank 0 its small files; without staging, it is read four times
+        assert share.reset() <= 2.2 * sum(path.stat().st_size for path in model.iterdir())
+
+
+def check_staged_deployment(deployment: Deployment, slurm: SlurmSession) -> None:
     deployment.wait_for_text("ready: smollm2. Try:")
     assert answer(deployment) == "The capital of France is Paris."
     for role in ("prefill", "decode"):
