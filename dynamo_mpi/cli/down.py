@@ -25,7 +25,7 @@ from dynamo_mpi.common.files import PREFIX as LOCAL_PREFIX
 from dynamo_mpi.common.files import sweep
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP, open_run_dir
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP, is_run_dir, open_run_dir
 from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
 from dynamo_mpi.ops.deployment import (
@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _end(run_dir: Path, folder: OwnFolder, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
     names = folder.names()
+    if not is_run_dir(folder):
+        raise NoRunDirError(run_dir)
     if values["job"] or (is_named and DEPLOYMENT not in names and SERVICES in names):
         return _end_workers(values, dry_run=dry_run)
     launch = read_launch(run_dir, folder)

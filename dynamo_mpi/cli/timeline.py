@@ -17,8 +17,8 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.own_files import fix_for, write_own
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
-from dynamo_mpi.deploy.run_files import TIMELINES, open_run_dir
-from dynamo_mpi.ops.deployment import select_run_dirs
+from dynamo_mpi.deploy.run_files import TIMELINES, is_run_dir, open_run_dir
+from dynamo_mpi.ops.deployment import NoRunDirError, select_run_dirs
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
@@ -120,6 +120,16 @@ def _has_timelines(run_dir: OwnFolder) -> bool:
         return bool(folder.names())
 
 
+def _require_run_dir(run_dir: Path) -> None:
+    try:
+        with open_run_dir(run_dir) as folder:
+            if is_run_dir(folder):
+                return
+    except OSError:
+        pass
+    raise NoRunDirError(Path(os.path.abspath(run_dir)))
+
+
 def _starts_of(run_dir: Path) -> list[StartupTrace]:
     path = run_dir / TIMELINES
     try:
@@ -127,11 +137,12 @@ def _starts_of(run_dir: Path) -> list[StartupTrace]:
             names = [name for name in folder.names() if name.endswith(".html") or name == "launch.json"]
             files = [path / name for name in names if not name.startswith(".")]
             starts = [start for file in files for start in read_traces(file, folder)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         starts = []
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}", fix=fix_for(error, "check its rights")) from None
     if not starts:
+        _require_run_dir(run_dir)
         raise UsageError(
             f"there is no timeline in {path}",
             expected="a deployment of which a worker has become ready, or has failed after the preflight",

@@ -36,6 +36,7 @@ from dynamo_mpi.deploy.run_files import (
     ENDED,
     LOCK,
     REPLACE,
+    SERVICES_LOCK,
     STOP,
     TIMELINES,
     open_run_dir,
@@ -128,7 +129,7 @@ class ServicesDir(_HeldFolder):
 
     def __init__(self, path: Path, job_id: str | None, warn: Callable[[str], None]) -> None:
         held = ("another services process has the job's folder", "stop that one, or take another --run-dir")
-        super().__init__(path, "services.lock", held, job_id, warn)
+        super().__init__(path, SERVICES_LOCK, held, job_id, warn)
 
     def new_log(self, name: str) -> Path:
         """Return an empty file for a service's output, which only this user can read."""
@@ -149,7 +150,7 @@ class ServicesDir(_HeldFolder):
     def close(self) -> None:
         """Remove ``services.json``, and release the folder."""
         self.retract()
-        self._folder.remove("services.lock")
+        self._folder.remove(SERVICES_LOCK)
         super().close()
 
     def _prepare(self) -> None:

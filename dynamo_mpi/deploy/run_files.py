@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEPLOYMENT, ENDED, LOCK, STOP, REPLACE = "deployment.json", "ended.json", "lock", "stop", "replace"
+SERVICES_LOCK, SERVICES_LOGS = "services.lock", "services"
 TIMELINES = "timeline"
 """The subfolder for timelines of the start."""
 
@@ -37,6 +39,20 @@ def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
         return OwnFolder(path, guarded=True, create=create)
     except PermissionError as error:
         raise _refusal(path, error) from None
+
+
+def is_run_dir(folder: OwnFolder) -> bool:
+    """Return whether a deployment, or its services, has ever been started in a folder, or was refused there.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
+    names = set(folder.names())
+    if names & {LOCK, SERVICES_LOCK, DEPLOYMENT, ENDED, SERVICES}:
+        return True
+    with contextlib.suppress(OSError), folder.subfolder(SERVICES_LOGS):  # /etc/services is a file
+        return SERVICES_LOGS in names
+    return False
 
 
 def _refusal(path: Path, error: PermissionError) -> DynamoMpiError:

@@ -16,7 +16,7 @@ from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, to_name, to_path, to_text
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, open_run_dir, read_object, read_services
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, is_run_dir, open_run_dir, read_object, read_services
 
 if TYPE_CHECKING:
     import argparse
@@ -45,11 +45,17 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 class NoRunDirError(UsageError):
-    """There is no such run folder (yet)."""
+    """There is no such run folder (yet): nothing of this name, or a folder in which no deployment has ever been started.
+
+    The right answer of every verb that takes one: a wrong name must not look like a deployment that has ended.
+    """
 
     def __init__(self, run_dir: Path | None) -> None:
+        is_folder = run_dir is not None and run_dir.is_dir()
         super().__init__(
-            f"there is no folder {run_dir}",
+            f"{run_dir} is no run folder: no deployment was ever started in it"
+            if is_folder
+            else f"there is no folder {run_dir}",
             expected="the run folder of a deployment",
             fix="--run-dir DIR of one, or start it",
         )
@@ -151,6 +157,7 @@ class Deployment:
         frontend: its URL; empty if it isn't known.
         launch: the running launch; None if none runs.
         end: the end of the last launch; None if one runs.
+        was_used: whether a deployment was ever started in the folder.
     """
 
     run_dir: Path | None
@@ -158,6 +165,7 @@ class Deployment:
     frontend: str = ""
     launch: RunningLaunch | None = None
     end: DeploymentEnd | None = None
+    was_used: bool = True
 
     @property
     def has_services(self) -> bool:
@@ -166,8 +174,8 @@ class Deployment:
 
     @property
     def is_missing(self) -> bool:
-        """Whether a run folder is named that doesn't exist (yet)."""
-        return self.run_dir is not None and not self.run_dir.is_dir()
+        """Whether a run folder is named that doesn't exist (yet), or is none."""
+        return self.run_dir is not None and not (self.was_used and self.run_dir.is_dir())
 
     @property
     def expected(self) -> tuple[ExpectedWorker, ...]:
@@ -260,7 +268,8 @@ def _read_deployment(run_dir: Path, folder: OwnFolder, environ: Mapping[str, str
     # services that were started in the folder later belong to another deployment
     is_over = launch is None and found_environ is None
     end = _read_end(_read_or_empty(folder, ENDED)) if is_over else None
-    return Deployment(run_dir, found_environ, "" if services is None else services.url, launch, end)
+    url = "" if services is None else services.url
+    return Deployment(run_dir, found_environ, url, launch, end, is_run_dir(folder))
 
 
 def read_launch(run_dir: Path, folder: OwnFolder) -> RunningLaunch | None:

@@ -77,7 +77,7 @@ def test_the_only_folder_with_timelines_is_found(
     ("words", "code", "said"),
     [
         (["missing.html"], ExitCode.USAGE, "missing.html can't be read: No such file"),
-        (["--run-dir", "."], ExitCode.USAGE, "there is no timeline in timeline"),
+        (["--run-dir", "."], ExitCode.USAGE, "is no run folder"),
         (["a.html", "--run-dir", "."], ExitCode.USAGE, "both files and --run-dir"),
         (["other.html"], ExitCode.DATA, "other.html is no timeline: a page without a timeline's data"),
         (["good.html", "-o", "nowhere/x.html"], ExitCode.USAGE, "nowhere/x.html can't be written: No such file"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.credentials import SERVICES_FILE
 from dynamo_mpi.common.credentials import clients_of as clients_of_file
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, ExitCode
-from dynamo_mpi.deploy.run_files import open_run_dir, read_services
+from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir, read_services
 from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
@@ -18,6 +18,7 @@ from dynamo_mpi.discovery.etcd import SAFE_ETCD, EtcdAuth, is_outdated_etcd
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.layout.format import counted, listed
+from dynamo_mpi.ops.deployment import NoRunDirError
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, of_error, ok, skipped, warning
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def check_run_dir(context: Context) -> Iterator[Check]:
         with open_run_dir(context.run_dir) as folder:
             if read_services(folder) is not None:
                 yield ok("run-dir", f"{path} says how to reach the services")
+                return
+            if folder.names() and not is_run_dir(folder):
+                yield of_error("run-dir", NoRunDirError(context.run_dir))
                 return
             problem = "can't be read" if SERVICES in folder.names() else problem
     except OSError:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operator's verbs answer for a folder in which nothing runs: the same for each verb, and never that all is well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.deploy.run_dir import RunDir, ServicesDir
+from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
+
+VERBS = {
+    "status": ["status", "--run-dir"],
+    "wait": ["wait", "--timeout", "0.1", "--run-dir"],
+    "down": ["down", "--run-dir"],
+    "down, its short form": ["down"],
+    "timeline": ["timeline", "--run-dir"],
+}
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+Capture = pytest.CaptureFixture[str]
+
+
+def missing(folder: Path) -> None:
+    del folder
+
+
+def a_file(folder: Path) -> None:
+    folder.write_text("x")
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+
+
+def of_other_things(folder: Path) -> None:
+    """As /etc: it has a file "services" and folders of our names."""
+    (folder / "logs").mkdir(parents=True)
+    folder.chmod(0o700)
+    (folder / "services").write_text("http 80/tcp\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (missing, "there is no folder {}"),
+        (a_file, "there is no folder {}"),
+        (empty, "{} is no run folder: no deployment was ever started in it"),
+        (of_other_things, "{} is no run folder: no deployment was ever started in it"),
+    ],
+)
+def test_no_run_folder(verb: str, make: Callable[[Path], None], words: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "folder"
+    make(folder)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*VERBS[verb], str(folder)]) == 64
+    error = capsys.readouterr().err
+    assert words.format(folder) in error
+    assert "expected: the run folder of a deployment" in error and "fix:" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_root
+@pytest.mark.parametrize("verb", VERBS)
+def test_another_users_folder(verb: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "folder"
+    RunDir(folder).close()
+    os.chown(folder, 65534, 65534)
+    assert main([*VERBS[verb], str(folder)]) == 77
+    assert "belongs to user 65534" in capsys.readouterr().err
+
+
+# verb: the code, and words
+AFTER = {
+    "status": (0, "ended"),
+    "wait": (75, "has ended"),
+    "down": (0, "nothing runs in"),
+    "down, its short form": (0, "nothing runs in"),
+    "timeline": (64, "there is no timeline in"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_folder_whose_deployment_has_ended(
+    verb: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo_mpi.ops.wait.STALE_SECONDS", 0.0)
+    used = RunDir(tmp_path / "folder")
+    used.write_end(0, "ended in order")
+    used.close()
+    code, words = AFTER[verb]
+    assert main([*VERBS[verb], str(used.path)]) == code
+    output = capsys.readouterr()
+    assert words in output.out + output.err
+
+
+def test_what_makes_a_run_folder(tmp_path: Path) -> None:
+    def is_one(folder: Path) -> bool:
+        with open_run_dir(folder) as opened:
+            return is_run_dir(opened)
+
+    services = ServicesDir(tmp_path / "services", None, print)
+    assert is_one(services.path)
+    services.close()
+    # its logs are left
+    assert is_one(services.path)
+    launch = RunDir(tmp_path / "launch")
+    launch.close()
+    assert is_one(launch.path)
+
+
+@pytest.mark.parametrize(
+    ("make", "status", "code"), [(missing, "warning", 0), (empty, "warning", 0), (of_other_things, "error", 64)]
+)
+def test_doctor(make: Callable[[Path], None], status: str, code: int, tmp_path: Path, capsys: Capture) -> None:
+    """Before a launch its folder isn't there, which is no error."""
+    make(tmp_path / "folder")
+    assert main(["doctor", "--only", "services", "--run-dir", str(tmp_path / "folder")]) == code
+    assert f"{status} " in capsys.readouterr().out
