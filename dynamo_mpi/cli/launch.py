@@ -26,6 +26,7 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
+from dynamo_mpi.deploy.dry_run import check_inputs
 from dynamo_mpi.deploy.excluded import excluded_before
 from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, UNBOUND, Mpirun, Srun, folder_environment, token_of
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -118,6 +119,11 @@ def _run(arguments: argparse.Namespace) -> int:
     source = find_source(settings.image, settings.python)
     builder, step_controller = _launcher(settings, nodes, source, path)
     if arguments.dry_run:
+        container = builder.container if isinstance(builder, Srun) else None
+        refusal = check_inputs(settings, None if container is None else container.mounts, os.environ)
+        if refusal is not None:
+            _say(f"dynamo-mpi launch: the deployment would be refused:\n{refusal.report}")
+            return refusal.code
         _show(settings, builder, placement, nodes, path)
         return 0
     with contextlib.closing(RunDir(path)) as run_dir:
@@ -184,6 +190,12 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
 
 def _split_nodes(given: str | None) -> tuple[str | None, str | None]:
     """Return what ``--nodes`` says: how many nodes a worker has, and which nodes there are."""
+    if given is not None and not given.strip():
+        raise UsageError(
+            f"--nodes is {given!r}",
+            expected="a number of nodes for each worker, or the nodes to take: 'n[1-4]'",
+            fix="leave it out, or look whether the variable that it is taken from is set",
+        )
     return (given, None) if not given or _NUMBER.fullmatch(given.strip()) else (None, given)
 
 

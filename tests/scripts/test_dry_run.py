@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.unit.model_zoo import ZOO
 
 from .dry_runs import CASES, GOLDEN, LLAMA, ROOT, STANDINS, Case, dry_run
 
@@ -103,3 +107,62 @@ def test_help_names_the_variables(script: str) -> None:
     assert read <= set(re.findall(r"[A-Z_]+", done.stdout)), done.stdout
     # Pyxis takes nothing else for a file
     assert all(image.startswith("/") for image in re.findall(r"IMAGE=(\S+\.sqsh)", done.stdout))
+
+
+def refused_run(*words: str, **environment: str) -> tuple[int, str, str]:
+    """Do a dry run of four nodes; return its code, stdout and stderr."""
+    command = [str(ROOT / "scripts" / "srun_disaggregated.sh"), "--dry-run", "--nodes", "n[1-4]", *words]
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "MODEL_PATH": "/models/M", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 65, "prefill.yaml can't be read: No such file or directory"),
+        ("tensor_parallel_size: [", 65, "prefill.yaml"),
+        ("- 1", 65, "prefill.yaml"),
+        ("tensor_parallel_size: eight", 65, "tensor_parallel_size"),
+        ("tensor_parallel_size: 8", 0, ""),
+    ],
+)
+def test_an_engine_config_that_a_deployment_would_refuse(
+    image: bool, content: str | None, code: int, words: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "prefill.yaml").write_text(content)
+    folder = "/configs" if image else str(tmp_path)
+    setting = {"IMAGE": "a#b", "MOUNTS": f"{tmp_path}:/configs,{ROOT}:/mnt"} if image else {}
+    done, out, error = refused_run(**setting, PREFILL_ENGINE_CONFIG=f"{folder}/prefill.yaml")
+    assert done == code, error
+    assert words in error
+    assert bool(out) == (code == 0)
+
+
+def test_a_layout_that_a_deployment_would_refuse(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(ZOO["Llama-3.1-8B"]))
+    for role, size in (("prefill", 8), ("decode", 8)):
+        (tmp_path / f"{role}.yaml").write_text(
+            f"tensor_parallel_size: {size}\ncache_transceiver_config: {{backend: UCX}}\n"
+        )
+    configs = {f"{role.upper()}_ENGINE_CONFIG": str(tmp_path / f"{role}.yaml") for role in ("prefill", "decode")}
+    assert refused_run(MODEL_PATH=str(tmp_path), **configs)[0] == 0
+    (tmp_path / "decode.yaml").write_text("tensor_parallel_size: 7\ncache_transceiver_config: {backend: UCX}\n")
+    code, out, error = refused_run(MODEL_PATH=str(tmp_path), **configs)
+    assert (code, out) == (78, "")
+    assert "the deployment would be refused" in error and "error B1" in error
+    # the deployment's own check is left out too
+    assert refused_run("--skip-check", MODEL_PATH=str(tmp_path), **configs)[0] == 0
+
+
+def test_what_is_in_an_image_alone_is_not_judged() -> None:
+    setting = {"IMAGE": "a#b", "MOUNTS": "/nowhere/at/all:/configs", "PREFILL_ENGINE_CONFIG": "/configs/p.yaml"}
+    assert refused_run(**setting, DECODE_ENGINE_CONFIG="/in/the/image.yaml")[0] == 0
+
+
+def test_an_empty_list_of_nodes() -> None:
+    code, _, error = refused_run("--nodes", "")
+    assert code == 64
+    assert "--nodes is ''" in error and "'n[1-4]'" in error and "is set" in error

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dry run refuses, as the deployment would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
+
+Paths are those of the steps. Without an image they are this machine's; with one, those below a mount whose source is here can be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.common.errors import ModelNotFoundError
+from dynamo_mpi.deploy.step_commands import check_flags, worker_environment
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.library import read_engine_config
+from dynamo_mpi.layout.model_files import find_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.deploy.settings import LaunchSettings
+
+
+class Refusal(NamedTuple):
+    """What `check` refuses.
+
+    Args:
+        code: its exit code.
+        report: its report.
+    """
+
+    code: int
+    report: str
+
+
+def check_inputs(settings: LaunchSettings, mounts: Sequence[str] | None, environ: Mapping[str, str]) -> Refusal | None:
+    """Look at the engine configs and the model, as far as they are here; return what the deployment would be refused for.
+
+    Args:
+        settings: the deployment's.
+        mounts: ``HOST:CONTAINER[:FLAGS]`` of the steps' image; None without an image.
+        environ: this process's environment.
+
+    Raises:
+        ConfigFileError: an engine config can't be read, or is no YAML.
+    """
+    if settings.skip_check:
+        return None
+    found: dict[str, Any] = {}
+    for role in settings.worker_roles:
+        if (path := _here(settings.of(role)[0] or "", mounts)) is not None:
+            merge(EngineLayers(yaml_text=read_engine_config(path), yaml_path=path))
+            found[f"{role}_engine_config"] = path
+    model = _model_here(settings.model, mounts, environ)
+    if model is None or len(found) < len(settings.worker_roles):
+        return None
+    local = replace(settings, model=model, **found)
+    done = subprocess.run(
+        [sys.executable, "-m", "dynamo_mpi", "check", *check_flags(local)],
+        env={**environ, **worker_environment(local)},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return Refusal(done.returncode, f"{done.stdout}{done.stderr}".strip()) if done.returncode else None
+
+
+def _here(path: str, mounts: Sequence[str] | None) -> str | None:
+    """Return a step's path as this machine has it; None if that isn't known, or what holds it isn't here."""
+    if mounts is None:
+        return path
+    best: tuple[str, str] | None = None
+    for mount in ",".join(mounts).split(","):
+        source, _, rest = mount.partition(":")
+        target = (rest.partition(":")[0] or source).rstrip("/")
+        if (path == target or path.startswith(f"{target}/")) and (best is None or len(target) > len(best[1])):
+            best = source, target
+    if best is None or not os.path.exists(best[0]):
+        return None
+    return best[0] + path[len(best[1]) :]
+
+
+def _model_here(model: str, mounts: Sequence[str] | None, environ: Mapping[str, str]) -> str | None:
+    """Return the model as `check` finds it here; None if it doesn't."""
+    path = _here(model, mounts) if model.startswith("/") else model
+    if path is None:
+        return None
+    try:
+        find_model(path, environ)
+    except ModelNotFoundError:
+        return None
+    return path
