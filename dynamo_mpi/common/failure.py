@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import signal
-import traceback
 from enum import IntEnum
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
@@ -81,7 +80,17 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return str(error), int(error.exit_code)
     if isinstance(error, OSError) and is_folder_gone(error):
         return describe_error(of_os_error(error))
-    return "".join(traceback.format_exception(error)).rstrip(), int(ExitCode.ENGINE)
+    return format_traceback(error), int(ExitCode.ENGINE)
+
+
+def format_traceback(error: BaseException) -> str:
+    """Return an error's traceback, or only the error if nothing can be imported any more, as without free file descriptors."""
+    try:
+        # not before a failure: it takes milliseconds, and every rank imports this module before the preflight result
+        from traceback import format_exception
+    except (ImportError, OSError):
+        return f"{type(error).__name__}: {error}"
+    return "".join(format_exception(error)).rstrip()
 
 
 ENDED_BY_MPI = "Open MPI ended it, as it does with ranks whose connection to another closes"

@@ -2,7 +2,7 @@
 """Directories that only this user may access.
 
 A run holds the lock of its private directory's lock file until it ends. A run that was killed with SIGKILL can't remove its directory; the
-next run does, because the lock is free.
+next run does, because the lock is free; a rank's node agent does it at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "dynamo-mpi-local-"
+# differ from the prefix of run directories, which may be in the same parent
+SESSION_PREFIX, FLASHINFER_PREFIX = "dynamo-mpi-session-", "dynamo-mpi-flashinfer-"
 LOCK = "lock"
 
 

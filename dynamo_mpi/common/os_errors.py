@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, UsageError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
@@ -60,6 +61,30 @@ def no_more_processes() -> UsageError:
         + ("" if limit == resource.RLIM_INFINITY else f"; it is {limit}"),
         fix="raise the limit (ulimit -u; pids.max of a container), or end other processes of this user",
     )
+
+
+def import_numpy() -> None:
+    """Import numpy.
+
+    Raises:
+        UsageError: its OpenBLAS can't start its threads. It then sends this thread SIGINT, which would pass for Ctrl-C.
+        ImportError: there is none.
+    """
+    if "numpy" in sys.modules:
+        return
+    import signal
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        import numpy  # noqa: F401
+
+        sent = signal.sigtimedwait({signal.SIGINT}, 0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if sent is not None and sent.si_pid == os.getpid():
+        raise no_more_processes()
+    if sent is not None:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def exhausted(folder: Path, log: str) -> str:

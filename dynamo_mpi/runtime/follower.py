@@ -283,7 +283,7 @@ def follow_trtllm(world: World, heartbeat: HeartbeatClient, log: RankLogger) -> 
 
     comm, tasks = world.duplicate(), world.duplicate()
     install(tasks, heartbeat.report_failure)
-    prepare_rank(world.rank, world.size, log.warning)
+    prepare_rank(world, log.warning)
     print_trtllm_launch_line("worker", world.rank, world.size)
     try:
         serve_tasks(comm)

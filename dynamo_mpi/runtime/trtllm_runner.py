@@ -164,7 +164,7 @@ class TrtllmRunner(WorkerHook):
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._supervisor.abort)
         print_trtllm_launch_line("leader", self._world.rank, self._world.size)
-        prepare_rank(self._world.rank, self._world.size, self._log.warning)
+        prepare_rank(self._world, self._log.warning)
         self._session_dir = SessionDir()
         key = secrets.token_bytes(_KEY_BYTES)
         child = self._start_child(SessionAddress(self._session_dir.address, key.hex(), self._world.size))

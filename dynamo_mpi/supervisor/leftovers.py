@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a killed rank leaves on its node: processes that it started, its compile caches, and MPI's segments in /dev/shm. Nothing else is
-ended or removed.
+"""What a killed rank leaves on its node: processes that it started, compile caches, temporary folders, and MPI's segments in /dev/shm.
+Nothing else is ended or removed.
 
 A process that called ``exec`` is identified by the mark that the rank put into its own environment; one that was only forked, by the rank's
 connection to its node agent, which it inherited. Both work even if the parent is gone, and no foreign process has them by chance.
@@ -175,3 +175,16 @@ def remove_segments(paths: frozenset[str]) -> None:
                 and os.lstat(path).st_uid == os.getuid()
             ):
                 os.unlink(path)
+
+
+def remove_temporary_folders() -> None:
+    """Remove what ranks of this user that have ended left in the folder of temporary files. Does not raise."""
+    with contextlib.suppress(OSError):
+        # not before: what an agent imports delays its watch
+        import tempfile
+        from pathlib import Path
+
+        from dynamo_mpi.common.files import FLASHINFER_PREFIX, SESSION_PREFIX, sweep
+
+        for prefix in (FLASHINFER_PREFIX, SESSION_PREFIX):
+            sweep(Path(tempfile.gettempdir()), prefix)

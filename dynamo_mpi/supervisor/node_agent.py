@@ -25,7 +25,13 @@ from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_ended
-from dynamo_mpi.supervisor.leftovers import clear_after, remove_segments, segments_of, unused_segments
+from dynamo_mpi.supervisor.leftovers import (
+    clear_after,
+    remove_segments,
+    remove_temporary_folders,
+    segments_of,
+    unused_segments,
+)
 from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -115,6 +121,8 @@ class NodeAgent:
         # usually the launcher removes them; while a rank runs, they are in use
         if not self._ranks:
             remove_segments(self._segments)
+            if self._lost_ranks:
+                remove_temporary_folders()
             if self._launch.launcher in MPICH_LAUNCHERS and self._lost_ranks:
                 # of ranks that were killed in MPI_Init, before it was known what they had made
                 remove_segments(unused_segments(began))

@@ -393,9 +393,12 @@ def test_a_lost_lease_is_no_success(start: Start, etcd: EtcdServer) -> None:
     assert "lost this worker's lease" in report or "lease was lost" in report
 
 
-def test_bad_flags_of_dynamo_are_its_own_to_refuse(start: Start) -> None:
-    worker = start("--no-such-flag")
+def test_bad_flags_of_dynamo_are_its_own_to_refuse(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "caches").write_text("no folder")
+    worker = start("--no-such-flag", TRTLLM_CACHE_DIR=str(tmp_path / "caches"))
     assert worker.wait() in (64, 70), worker.text()
+    assert worker.text().count("no FlashInfer workspace in ") == 1, worker.text()
+    assert f"warning: ranks 0-{RANKS - 1}: no FlashInfer workspace in {tmp_path}/caches (" in worker.text()
     (report,) = reports(worker)
     assert "dynamo.trtllm ended with code" in report
     assert "--no-such-flag" in worker.text()

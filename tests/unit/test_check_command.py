@@ -648,7 +648,9 @@ def test_a_check_imports_nothing_that_takes_milliseconds(check: Check) -> None:
         "subprocess",
     )
     code = (
-        "import sys; before = set(sys.modules); from dynamo_mpi.cli.main import main; code = main(sys.argv[1:]); "
+        # what argparse itself needs for an option: from Python 3.14 on `dataclasses` and `inspect`, for its colours
+        "import argparse, sys; parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80)); "
+        "parser.add_argument('--x'); before = set(sys.modules); from dynamo_mpi.cli.main import main; code = main(sys.argv[1:]); "
         f"print([name for name in {slow!r} if name in sys.modules and name not in before], file=sys.stderr); sys.exit(code)"
     )
     words = ["check", "--model", check.model("DeepSeek-R1"), "--engine-config", check.yaml("tensor_parallel_size: 8\n")]

@@ -53,6 +53,7 @@ def test_rank_0_imports_no_slow_module_before_the_result() -> None:
         "typing",
         "dataclasses",
         "inspect",
+        "traceback",
         "importlib.metadata",
         "email",
         "difflib",

@@ -15,7 +15,7 @@ from dynamo_mpi.common.os_errors import exhausted, of_os_error
 from dynamo_mpi.common.ports import require_loopback
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings, resolve_model_dir
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -82,9 +82,9 @@ def test_no_space_for_temporary_files(tmp_path: Path) -> None:
     assert "set TMPDIR" in said
 
 
-@pytest.mark.parametrize("limit", [1, 8])
-def test_no_more_processes(limit: int, tmp_path: Path) -> None:
-    """As a user without root's privileges but that to read files: Python may be in a folder of root's."""
+def limited(limit: int, folder: Path) -> tuple[str, ...]:
+    """Words that run a command as a user without root's privileges but that to read files (Python may be in a folder of root's), with a
+    limit of processes."""
     capabilities = (
         "--inh-caps=+dac_override",
         "--ambient-caps=+dac_override",
@@ -93,14 +93,42 @@ def test_no_more_processes(limit: int, tmp_path: Path) -> None:
     user = ("setpriv", "--reuid=23456", "--regid=23456", "--clear-groups", *capabilities)
     if os.geteuid() or subprocess.run([*user, "true"], capture_output=True).returncode:
         pytest.skip("no other user here: needs root and setpriv")
-    tmp_path.chmod(0o1777)
-    limited = (*user, "prlimit", f"--nproc={limit}", "env", f"HOME={tmp_path}", f"TMPDIR={tmp_path}")
-    command = (*limited, *PYTHON, "dynamo_mpi", "local", "--model", str(tmp_path))
+    folder.chmod(0o1777)
+    return (*user, "prlimit", f"--nproc={limit}", "env", f"HOME={folder}", f"TMPDIR={folder}")
+
+
+@pytest.mark.parametrize("limit", [1, 8])
+def test_no_more_processes(limit: int, tmp_path: Path) -> None:
+    command = (*limited(limit, tmp_path), *PYTHON, "dynamo_mpi", "local", "--model", str(tmp_path))
     done = run_command(command, env=os.environ, timeout=60)
     assert done.returncode not in (0, 1), done.stderr
     assert "no further process or thread" in done.stderr
     assert "ulimit -u" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_signal_of_a_numpy_without_threads_is_no_ctrl_c(tmp_path: Path) -> None:
+    code = "from dynamo_mpi.common.os_errors import import_numpy; import_numpy()"
+    environ = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    done = run_command((*limited(1, tmp_path), sys.executable, "-c", code), env=environ, timeout=60)
+    assert "OpenBLAS blas_thread_init" in done.stderr
+    assert done.stderr.splitlines()[-3].endswith("UsageError: no further process or thread can be started")
+    assert done.returncode == 1
+
+
+def test_a_ctrl_c_while_numpy_is_imported_is_one() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from dynamo_mpi.common.os_errors import import_numpy\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy': os.system(f'kill -2 {os.getpid()}')\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "try: import_numpy()\n"
+        "except KeyboardInterrupt: print('interrupted', 'numpy' in sys.modules)\n"
+    )
+    done = run_command((sys.executable, "-c", code), env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "interrupted True\n"), done.stderr
 
 
 def test_errors_of_the_system_have_a_fix() -> None:
@@ -142,3 +170,15 @@ def test_an_mpi_that_cannot_start_is_not_taken_for_lack_of_memory() -> None:
     assert report.startswith("died while MPI started: "), done.stderr
     assert "read MPI's own lines" in report
     assert "memory" not in report
+
+
+def test_an_error_is_described_where_nothing_can_be_imported_any_more() -> None:
+    code = (
+        "import resource, sys\n"
+        "from dynamo_mpi.common.failure import describe_error\n"
+        "assert 'traceback' not in sys.modules\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "print(describe_error(ValueError('no')))\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "('ValueError: no', 70)\n"), done.stderr

@@ -26,7 +26,7 @@ from tests.unit.neighbour import NOBODY, needs_root
 CLAIM = """
 import os, sys
 from dynamo_mpi.engines.trtllm.flashinfer import claim_workspace
-claim_workspace(int(sys.argv[1]), int(sys.argv[2]), os.environ, print)
+print(claim_workspace(int(sys.argv[1]), int(sys.argv[2]), os.environ), end="")
 print(os.environ["FLASHINFER_WORKSPACE_BASE"], flush=True)
 sys.stdin.read()
 """
@@ -76,13 +76,13 @@ def test_the_folder_for_caches_that_the_user_names_is_used(tmp_path: Path) -> No
 )
 def test_what_the_user_decides_stays(environ: dict[str, str]) -> None:
     before = dict(environ)
-    claim_workspace(0, 2, environ, pytest.fail)
+    assert claim_workspace(0, 2, environ) == ""
     assert environ == before
 
 
 def test_the_variables_are_those_of_the_engines_launcher(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path), "TRTLLM_CACHE_DIR": str(tmp_path / "c")}
-    claim_workspace(2, 4, environ, pytest.fail)
+    assert claim_workspace(2, 4, environ) == ""
     assert environ["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path / "c/flashinfer/rank-2")
     assert environ["TRTLLM_FLASHINFER_WORKSPACE_MANAGED"] == "1"
     assert environ["FLASHINFER_CUBIN_DIR"] == str(tmp_path / ".cache/flashinfer/cubins")
@@ -90,26 +90,24 @@ def test_the_variables_are_those_of_the_engines_launcher(tmp_path: Path) -> None
 
 def test_where_nothing_can_be_written_it_is_a_temporary_one(tmp_path: Path) -> None:
     (tmp_path / "caches").write_text("a file")
-    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path / "caches")}, list[str]()
-    claim_workspace(0, 1, environ, said.append)
+    environ = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path / "caches")}
+    warning = claim_workspace(0, 1, environ)
     assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
-    assert len(said) == 1
-    assert "no FlashInfer workspace in " in said[0]
-    assert "set TRTLLM_CACHE_DIR" in said[0]
+    assert "no FlashInfer workspace in " in warning
+    assert "set TRTLLM_CACHE_DIR" in warning
 
 
 def test_a_user_without_a_home_gets_a_temporary_one(no_home: None) -> None:
-    environ, said = dict[str, str](), list[str]()
-    claim_workspace(0, 1, environ, said.append)
+    environ = dict[str, str]()
+    warning = claim_workspace(0, 1, environ)
     assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
     assert "FLASHINFER_CUBIN_DIR" not in environ
-    (warning,) = said
     assert "HOME isn't set" in warning
 
 
 def test_a_named_folder_needs_no_home(no_home: None, tmp_path: Path) -> None:
     environ = {"TRTLLM_CACHE_DIR": str(tmp_path)}
-    claim_workspace(0, 1, environ, pytest.fail)
+    assert claim_workspace(0, 1, environ) == ""
     assert environ["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path / "flashinfer/rank-0")
 
 
@@ -117,10 +115,9 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     slot = tmp_path / "flashinfer/rank-0"
     slot.mkdir(parents=True)
     slot.chmod(0o777)
-    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
-    claim_workspace(0, 1, environ, said.append)
+    environ = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}
+    warning = claim_workspace(0, 1, environ)
     assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
-    (warning,) = said
     assert f"{slot} is a folder that others can write" in warning
     assert list(slot.iterdir()) == []
 
@@ -130,19 +127,19 @@ def test_another_users_folder_is_not_used(tmp_path: Path) -> None:
     slot = tmp_path / "flashinfer/rank-0"
     slot.mkdir(parents=True)
     os.chown(slot, NOBODY, NOBODY)
-    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
-    claim_workspace(0, 1, environ, said.append)
+    environ = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}
+    warning = claim_workspace(0, 1, environ)
     assert Path(environ["FLASHINFER_WORKSPACE_BASE"]).name.startswith("dynamo-mpi-flashinfer-")
-    assert f"{slot} belongs to user {NOBODY}" in said[0]
+    assert f"{slot} belongs to user {NOBODY}" in warning
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     slot, target = tmp_path / "flashinfer/rank-0", tmp_path / "target"
     slot.mkdir(parents=True, mode=0o700)
     (slot / ".lock").symlink_to(target)
-    environ, said = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}, list[str]()
-    claim_workspace(0, 1, environ, said.append)
-    assert ".lock is a link" in said[0]
+    environ = {"HOME": "/", "TRTLLM_CACHE_DIR": str(tmp_path)}
+    warning = claim_workspace(0, 1, environ)
+    assert ".lock is a link" in warning
     assert not target.exists()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError
+from dynamo_mpi.common.os_errors import import_numpy
 from dynamo_mpi.config.options import usage_parser
 from dynamo_mpi.engines.reference.gguf_model import GgufModel, hugging_face_files, llama_shape
 
@@ -72,7 +73,9 @@ def export_model(gguf: Path, folder: Path, *, copy: bool = False) -> Path:
 
     Raises:
         ModelNotFoundError: the GGUF can't be read or converted, or ``folder`` or the cache can't be written.
+        UsageError: no thread can be started.
     """
+    import_numpy()
     from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 
     if copy:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.os_errors import import_numpy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,10 +52,12 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
 
     Raises:
         EngineError: a package that the engine needs is missing.
+        UsageError: no thread can be started.
     """
     for name, value in thread_environment(local_size).items():
         os.environ.setdefault(name, value)
     try:
+        import_numpy()
         from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
     except ImportError as error:
         raise EngineError(

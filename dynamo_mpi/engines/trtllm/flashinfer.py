@@ -17,44 +17,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import EngineError
-from dynamo_mpi.common.files import private_dir
+from dynamo_mpi.common.files import FLASHINFER_PREFIX, private_dir
 from dynamo_mpi.common.own_files import OwnFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import MutableMapping
 
 _WORKSPACE = "FLASHINFER_WORKSPACE_BASE"
 _PER_PROCESS = "TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS"
 _MANAGED = "TRTLLM_FLASHINFER_WORKSPACE_MANAGED"
-_PREFIX = "dynamo-mpi-flashinfer-"
 
 
-def claim_workspace(rank: int, size: int, environ: MutableMapping[str, str], warn: Callable[[str], object]) -> None:
+def claim_workspace(rank: int, size: int, environ: MutableMapping[str, str]) -> str:
     """Give this rank a workspace until its process ends, unless the user has set one or none is wanted.
 
     Args:
         rank: this rank.
         size: ranks of the world; a slot that is taken is passed over by so many, as no other rank of this world wants the next one.
         environ: this rank's environment, which gets the variables.
-        warn: called with a warning.
+
+    Returns:
+        A warning; empty for none.
 
     Raises:
         EngineError: no folder can be made.
     """
     if environ.get(_WORKSPACE) or environ.get(_PER_PROCESS) == "0":
-        return
+        return ""
     # "~" stays where there is neither HOME nor an entry for this user
     home = environ.get("HOME") or os.path.expanduser("~")
     # one root for all of TensorRT-LLM's caches, if the user has named it
     root = Path(os.path.expanduser(environ.get("TRTLLM_CACHE_DIR") or f"{home}/.cache/tensorrt_llm"))
+    warning = ""
     try:
         if str(root).startswith("~"):
             raise FileNotFoundError(errno.ENOENT, "HOME isn't set, and this user has no home directory")
         workspace = _lock_slot(root / "flashinfer", rank, size)
     except OSError as error:
         workspace = _temporary_workspace(error)
-        warn(
-            f"no FlashInfer workspace in {root} ({error.strerror}): kernels are compiled into {workspace}, at each start; "
+        warning = (
+            f"no FlashInfer workspace in {root} ({error.strerror}): kernels are compiled into a temporary folder, at each start; "
             f"set TRTLLM_CACHE_DIR to a folder that this user, and no other, can write"
         )
     environ[_WORKSPACE] = str(workspace)
@@ -62,6 +64,7 @@ def claim_workspace(rank: int, size: int, environ: MutableMapping[str, str], war
     if home != "~":
         # the cubins that it downloads are shared
         environ.setdefault("FLASHINFER_CUBIN_DIR", os.path.join(home, ".cache/flashinfer/cubins"))
+    return warning
 
 
 def _lock_slot(root: Path, slot: int, stride: int) -> Path:
@@ -85,7 +88,7 @@ def _lock_slot(root: Path, slot: int, stride: int) -> Path:
 def _temporary_workspace(reason: OSError) -> Path:
     held = contextlib.ExitStack()
     try:
-        folder = held.enter_context(private_dir(None, prefix=_PREFIX))
+        folder = held.enter_context(private_dir(None, prefix=FLASHINFER_PREFIX))
     except OSError as error:
         raise EngineError(
             f"no folder for FlashInfer's kernels: {reason}; {error}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import EngineError
-from dynamo_mpi.common.files import private_dir
+from dynamo_mpi.common.files import SESSION_PREFIX, private_dir
 from dynamo_mpi.engines.trtllm.task import Task, TaskEnd, take_own_gpu
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-# differs from the prefix of run directories, which may be in the same parent
-_PREFIX = "dynamo-mpi-session-"
 # a unix socket's name has at most 107 bytes, including the last part
 _MAX_DIR_BYTES = 107 - len("/session")
 _POLL_SECONDS = 0.2
@@ -56,7 +54,7 @@ class SessionDir:
         self._held.close()
 
     def _make(self, parent: Path | None) -> str:
-        return str(self._held.enter_context(private_dir(parent, prefix=_PREFIX)))
+        return str(self._held.enter_context(private_dir(parent, prefix=SESSION_PREFIX)))
 
 
 class Session:

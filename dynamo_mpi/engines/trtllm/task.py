@@ -13,27 +13,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.engines.trtllm.engine_log import EngineErrors
 from dynamo_mpi.engines.trtllm.flashinfer import claim_workspace
+from dynamo_mpi.mpi.placement import spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi4py import MPI
 
+    from dynamo_mpi.mpi.world import World
 
-def prepare_rank(rank: int, size: int, warn: Callable[[str], object]) -> None:
-    """Set the variables that TensorRT-LLM's own launcher sets for a rank, unless the user has set them.
+
+def prepare_rank(world: World, warn: Callable[[str], object]) -> None:
+    """Set the variables that TensorRT-LLM's own launcher sets for a rank, unless the user has set them. Collective.
 
     Args:
-        rank: this rank.
-        size: ranks of the world.
-        warn: called with a warning.
+        world: all ranks.
+        warn: called on rank 0, with one warning for all ranks that have the same to say.
 
     Raises:
         EngineError: this rank has no folder for compiled kernels.
     """
     # with it, the ranks of this world would ignore each other
     os.environ.pop("TLLM_DISABLE_MPI", None)
-    claim_workspace(rank, size, os.environ, warn)
+    ranks: dict[str, list[int]] = {}
+    for rank, warning in enumerate(world.gather(claim_workspace(world.rank, world.size, os.environ).encode())):
+        ranks.setdefault(warning.decode(), []).append(rank)
+    for text, those in ranks.items():
+        if text:
+            warn(f"{'ranks' if len(those) > 1 else 'rank'} {spans(those)}: {text}")
 
 
 def take_own_gpu(rank: int) -> None:
