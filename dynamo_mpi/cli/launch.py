@@ -25,6 +25,7 @@ from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
+from dynamo_mpi.deploy import no_kill
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.dry_run import check_inputs
 from dynamo_mpi.deploy.excluded import excluded_before
@@ -126,6 +127,8 @@ def _run(arguments: argparse.Namespace) -> int:
             return refusal.code
         _show(settings, builder, placement, nodes, path)
         return 0
+    if settings.no_kill and settings.launcher == "slurm" and (problem := no_kill.warning(os.environ)):
+        _say(f"dynamo-mpi launch: warning: {problem}")
     with contextlib.closing(RunDir(path)) as run_dir:
         code, report = _conduct(
             settings, placement, builder, step_controller, run_dir, excluded, verbose=arguments.verbose

@@ -263,7 +263,9 @@ class DeploymentController:
         if self._first.services is not None and self._first.services.child.exit_code():
             self._step_controller.signal([self._first.services])  # if only srun was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
-            ender.end(self._worker_steps.steps_of(role), self._settings.stop_timeout)
+            # without etcd no worker can drain
+            drain = 0.0 if self._failures.lost_head else self._settings.stop_timeout
+            ender.end(self._worker_steps.steps_of(role), drain)
             if not ender.is_hurried:
                 self._worker_steps.deregister(role)
         self._spares.close()
@@ -271,7 +273,7 @@ class DeploymentController:
         if ender.is_hurried:
             # a second request, below, ends them at once; cancelling would leave their keys on the node
             self._step_controller.signal(rest)
-        ender.end(rest, SERVICES_STOP_SECONDS, is_last=True)
+        ender.end(rest, 0.0 if self._failures.lost_head else SERVICES_STOP_SECONDS, is_last=True)
         if self._first.services is not None and self._first.services.child.exit_code():
             self._step_controller.cancel([self._first.services])
         if line := describe_excluded(self._failures.excluded):

@@ -55,7 +55,7 @@ class FailureHandler:
     ) -> None:
         self._workers = {worker.name: worker for worker in placement.workers}
         self.head, self.max_restarts, self.spares, self.prober = placement.head, max_restarts, spares, prober
-        self._run_dir = run_dir
+        self._run_dir, self._order = run_dir, placement.order
         self._excluded = list(excluded)
         self._events: list[FailureEvent] = []
         self._drained: set[str] = set()
@@ -155,7 +155,7 @@ class FailureHandler:
         for _, spare in action.moves:
             if spare in self.spares.available:
                 self.spares.take(spare, worker.name)
-        self._workers[worker.name] = worker.moved(action.moves)
+        self._workers[worker.name] = worker.moved(action.moves, self._order)
         self.leave_out(action.reasons, worker.name)
 
     def leave_out(self, reasons: Mapping[str, str], worker: str = "") -> None:

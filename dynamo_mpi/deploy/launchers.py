@@ -19,6 +19,7 @@ from dynamo_mpi.deploy.step_commands import (
     check_words,
     kv_check_words,
     nodes_of,
+    only_stage_words,
     probe_words,
     services_environment,
     services_words,
@@ -61,6 +62,8 @@ _NO_KILL = ("--no-kill", "--overlap")
 # srun waits for the rest of a step when its first rank exits; ours all exit together
 _WAIT_SECONDS = 60
 GDS_VARIABLE = "PMIX_MCA_gds"
+# --overlap: a worker on the node needs its CPUs
+_ON_ONE_NODE = ("--overlap", "--nodes=1", "--ntasks=1")
 # a rank of the KV check that can't reach rank 0 ends by itself before
 _CHECK_WAIT_SECONDS = 20
 
@@ -142,13 +145,16 @@ class Srun:
             *(_NO_KILL if self.settings.no_kill else ()),
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
+        step = self._with_folders()._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,))
+        return _on_nodes(step, nodes)
+
+    def _with_folders(self) -> Srun:
+        """Return the same with the workers' folders mounted into the image."""
         ours = self
         for folder in filter(None, (self.settings.stage_dir, self.settings.cache_dir)):
             if ours.container is not None:
                 ours = replace(ours, container=ours.container.with_mount(str(folder)))
-        return _on_nodes(
-            ours._step(worker.name, options, self.settings.srun_args, words, environment, (ATTEMPT,)), nodes
-        )
+        return ours
 
     def probe(self, node: str) -> Command:
         """The probe of a node after a failure. With a container it only shows that the node takes a step: to unpack the image would take
@@ -159,15 +165,22 @@ class Srun:
         return replace(self, container=None)._on_node(node, f"probe-{node}", words, {})
 
     def prepare(self, node: str) -> tuple[Command, ...]:
-        """What makes a spare node ready: the hardware check, in the container if there is one, which brings the image to the node."""
-        return (self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {}),)
+        """What makes a spare node ready: the hardware check, in the container if there is one, which brings the image to the node; and a copy
+        of the model, where it is staged."""
+        check = self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {})
+        if self.settings.stage_dir is None:
+            return (check,)
+        options = (*_ON_ONE_NODE, f"--mpi={self.settings.mpi}", f"--nodelist={node}")
+        environment, words = worker_environment(self.settings), only_stage_words(self.source)
+        more = self.settings.srun_args
+        stage = self._with_folders()._step(f"stage-{node}", options, more, words, environment, ())
+        return check, _on_nodes(stage, (node,))
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
         return self._on_node(self.nodes.head, name, words, environment)
 
     def _on_node(self, node: str, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
-        # --overlap: a worker on the node needs its CPUs
-        options = ("--overlap", "--mpi=none", "--nodes=1", f"--nodelist={node}", "--ntasks=1")
+        options = (*_ON_ONE_NODE, "--mpi=none", f"--nodelist={node}")
         return self._step(name, options, (), words, environment, ())
 
     def _step(
@@ -304,8 +317,13 @@ class Mpirun:
         return self._probe(f"probe-{node}", node, full=False)
 
     def prepare(self, node: str) -> tuple[Command, ...]:
-        """What makes a spare host ready: the hardware check."""
-        return (self._probe(f"spare-{node}", node, full=True),)
+        """What makes a spare host ready: the hardware check, and a copy of the model, where it is staged."""
+        check = self._probe(f"spare-{node}", node, full=True)
+        if self.settings.stage_dir is None:
+            return (check,)
+        environment = self._environment()
+        placed = self._placed((node,), 1, {*environment, *self.forwarded})
+        return check, Command(f"stage-{node}", f"stage-{node}", (*placed, only_stage_words(self.source)), environment)
 
     def _probe(self, name: str, node: str, *, full: bool) -> Command:
         environment, words = {"PYTHON": self.source.python}, probe_words(self.source, full=full)

@@ -16,7 +16,7 @@ from dynamo_mpi.common.process import host_name
 from dynamo_mpi.deploy.hostlist import expand
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from dynamo_mpi.deploy.settings import LaunchSettings
@@ -202,14 +202,15 @@ class Worker:
     def ranks(self) -> int:
         return len(self.nodes) * self.ranks_per_node
 
-    def moved(self, moves: Iterable[tuple[str, str]]) -> Worker:
+    def moved(self, moves: Iterable[tuple[str, str]], order: Sequence[str]) -> Worker:
         """Return it with other nodes in the places of some.
 
         Args:
             moves: pairs of a node and the one that takes its place.
+            order: all nodes of the deployment, in Slurm's order, in which it numbers a step's nodes and so its ranks.
         """
         other = dict(moves)
-        return replace(self, nodes=tuple(other.get(node, node) for node in self.nodes))
+        return replace(self, nodes=tuple(sorted((other.get(node, node) for node in self.nodes), key=order.index)))
 
 
 class Placement(NamedTuple):
@@ -219,11 +220,13 @@ class Placement(NamedTuple):
         workers: the workers and their nodes.
         spares: nodes that no worker has.
         head: the node of the services.
+        order: all nodes, in Slurm's order, or the hostfile's.
     """
 
     workers: tuple[Worker, ...]
     spares: tuple[str, ...] = ()
     head: str = ""
+    order: tuple[str, ...] = ()
 
 
 def nodes_wanted(settings: LaunchSettings) -> int:
@@ -272,4 +275,4 @@ def assign(settings: LaunchSettings, nodes: Nodes, excluded: Collection[str] = (
         for number in range(workers):
             own = tuple(next(free) for _ in range(count))
             parts.append(Worker(f"{role}-{number}", role, config, own, settings.gpus_per_node))
-    return Placement(tuple(parts), spares, nodes.head)
+    return Placement(tuple(parts), spares, nodes.head, nodes.names)

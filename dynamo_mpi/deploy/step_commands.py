@@ -179,6 +179,11 @@ def probe_words(source: CodeLocation, *, full: bool = False) -> tuple[str, ...]:
     return (*source.entry("probe_node.sh"), *(("--full",) if full else ()))
 
 
+def only_stage_words(source: CodeLocation) -> tuple[str, ...]:
+    """Return the command line that copies the model to a node's disk; `worker_environment` has the model and the folder."""
+    return (*source.entry("start_worker.sh"), "--only-stage")
+
+
 KV_CHECK = "kv-check"
 _ERROR = "error in kv check: "
 # the beginnings of a report's lines after the first

@@ -290,6 +290,10 @@ class WorkerSet:
             return
         self._pauses[worker.name] = time.monotonic() + action.seconds
         self._say(f"{worker.name}: ended with exit code {code}; {self._next(worker.name, action)}")
+        if isinstance(action, MoveToSpare) and worker.role != "agg":
+            self._say(
+                f"{worker.name}: the KV check isn't repeated with {', '.join(spare for _, spare in action.moves)}"
+            )
 
     def _act(self, worker: Worker, action: MoveToSpare | Degrade) -> None:
         """Do what was planned for the worker's end."""

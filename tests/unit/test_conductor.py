@@ -151,7 +151,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
             with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts:
                 conductor = DeploymentController(
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
-                    Placement(tuple(workers), spares, "head"),
+                    Placement(tuple(workers), spares, "head", ("head", "m", "n", "o", *spares)),
                     Rendered(Steps(folder, checks_in_services=in_services, **scripts)),
                     MpirunStepController(),
                     LaunchContext(run_dir, interrupts, say, watch=watch),

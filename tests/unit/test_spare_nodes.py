@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ from dynamo_mpi.checks.gpu_health import GpuHealth, no_health
 from dynamo_mpi.checks.node_probe import HERE, problems_of, read_result, result, wait_for_memory
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.excluded import describe_excluded, exclude, excluded_before
+from dynamo_mpi.deploy.no_kill import is_kept, says_no_kill, warning
 from dynamo_mpi.deploy.node_health import answers, nearest, neighbours, parse_nodes
 from dynamo_mpi.deploy.node_watch import SILENT_SECONDS, NodeWatch
-from dynamo_mpi.deploy.nodes import Nodes, assign
+from dynamo_mpi.deploy.nodes import Nodes, Worker, assign
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.settings import RESTARTS_WITH_SPARES, LaunchSettings, read_settings
+from tests.conftest import ROOT
 from tests.servers import closed_port
 
 
@@ -45,6 +50,50 @@ def test_the_last_nodes_are_spares(
     found = assign(settings(**given), Nodes(tuple(names.split()), head, "12"), excluded)
     assert [node for worker in found.workers for node in worker.nodes] == workers
     assert list(found.spares) == spares
+
+
+def test_a_worker_s_nodes_stay_in_slurms_order() -> None:
+    worker = Worker("decode-0", "decode", "e", ("n2", "n3"), 2)
+    order = ("n1", "n2", "n3", "n4")
+    assert worker.moved([("n2", "n4")], order).nodes == ("n3", "n4")
+    assert worker.moved([("n3", "n1")], order).nodes == ("n1", "n2")
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ("--nodes=4 --no-kill --exclusive", True),
+        ("-N4 -k", True),
+        ("--no-kill=off", False),
+        ("--no-kill --nodes=2 --no-kill=off", False),
+        ("--nodes=4", False),
+        ("--job-name=--no-killer", False),
+        ("--nodes=1\n--no-kill", True),
+    ],
+)
+def test_whether_options_have_no_kill(options: str, kept: bool) -> None:
+    assert says_no_kill(options) == kept
+
+
+@pytest.mark.parametrize(
+    ("environ", "kept"),
+    [({"SBATCH_NO_KILL": "set"}, True), ({"SALLOC_NO_KILL": ""}, True), ({"SALLOC_NO_KILL": "off"}, False)],
+)
+def test_variables_of_salloc_and_sbatch(environ: dict[str, str], kept: bool) -> None:
+    assert is_kept(environ) is kept
+    assert ("was allocated without --no-kill" in warning(environ)) is not kept
+
+
+def test_what_salloc_was_called_with_is_seen_in_its_shell(tmp_path: Path) -> None:
+    salloc = tmp_path / "salloc"
+    salloc.symlink_to(sys.executable)
+    look = "from dynamo_mpi.deploy.no_kill import is_kept; print(is_kept({}))"
+    run = "import subprocess, sys; subprocess.run([sys.argv.pop(), '-c', sys.argv.pop()])"
+    for option, kept in (("--no-kill", "True"), ("--nodes=4", "False")):
+        command = [str(salloc), "-c", run, option, look, sys.executable]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+        assert done.stdout.strip() == kept, done.stderr
 
 
 def test_too_few_nodes_for_the_spares_are_refused() -> None:
