@@ -2,8 +2,9 @@
 """One rank's compile caches as one file: a tar with folders and regular files alone, not compressed.
 
 So unpacking never takes more room than the file has, and a digest over it is one over all that ranks will run. Times are kept to the
-nanosecond: FlashInfer's ninja compares them, and compiles again if they are rounded. Triton's lists of files have absolute paths: those
-below the folder that was packed are changed to the one into which they are unpacked.
+nanosecond: ninja, which FlashInfer uses, compares them, and compiles again if they are rounded. Triton's lists of files have absolute paths:
+those below the folder that was packed are changed to the one into which they are unpacked. What is good in one folder only isn't unpacked
+into another one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.claimed_folder import LOCK
 from dynamo_mpi.common.display import sanitize
-from dynamo_mpi.stage.compile_caches import json_places
+from dynamo_mpi.stage.compile_caches import is_bound, json_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +35,8 @@ _INSTRUCTIONS = re.compile(r"(avx|sse|ssse|fma|bmi|amx|f16c|popcnt|sve|asimd|neo
 _CHUNK = 4 << 20
 _ATTEMPTS = 3
 _MOST_SHOWN = 200
-# of a process that is still compiling, or of nobody; locks are made again
-_LEFT_OUT = frozenset({"tmp", "locks", "__pycache__"})
+# of a process that is still compiling, or of nobody; locks are made again. For one that is there, torch's extensions wait for ever
+_LEFT_OUT = frozenset({"tmp", "lock", "locks", "__pycache__"})
 
 
 class ArchiveError(Exception):
@@ -116,10 +117,13 @@ def unpack(source: IO[bytes], folder: str) -> None:
                 count += 1
                 if count > MOST_FILES:
                     raise ArchiveError(f"it has more than {MOST_FILES} files")
+                home = archive.pax_headers.get(_HOME, "")
+                if home != folder and is_bound(path):
+                    continue
                 if member.isdir():
                     os.makedirs(os.path.join(folder, path), 0o700, exist_ok=True)
                 else:
-                    _extract(archive, member, os.path.join(folder, path), (archive.pax_headers.get(_HOME, ""), folder))
+                    _extract(archive, member, os.path.join(folder, path), (home, folder))
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ArchiveError(f"it is no whole archive: {error}") from None
 

@@ -50,6 +50,8 @@ def key_of(
         "versions": {name: version for name, version in versions if not name.startswith(_WITHOUT)},
         "python": f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}",
         "machine": platform.machine(),
+        # files name the headers of packages by their paths
+        "prefix": sys.prefix,
         "gpus": [_gpu_of(row, without_gpus=without_gpus) for row in rows],
         "model": digest.hexdigest(),
         "role": subject.role,

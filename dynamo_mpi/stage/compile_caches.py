@@ -26,6 +26,7 @@ class Library(NamedTuple):
         also: other variables by which a user chooses where it is, or that there is none.
         with_it: variables without which it keeps nothing, each unless the user has set it.
         is_json: whether ``place`` is a JSON file, which stops the engine if it isn't whole.
+        is_bound: whether its files are good only where they were made: elsewhere it compiles again, or fails (FlashInfer 0.6.1).
     """
 
     name: str
@@ -34,13 +35,20 @@ class Library(NamedTuple):
     also: tuple[str, ...] = ()
     with_it: tuple[tuple[str, str], ...] = ()
     is_json: bool = False
+    is_bound: bool = False
 
 
 LIBRARIES = (
     Library("Triton", "TRITON_CACHE_DIR", "triton", also=("TRITON_HOME", "TRITON_CACHE_MANAGER")),
     Library("torch inductor", "TORCHINDUCTOR_CACHE_DIR", "inductor"),
-    Library("torch's extensions", "TORCH_EXTENSIONS_DIR", "torch_extensions"),
-    Library("FlashInfer", "FLASHINFER_WORKSPACE_BASE", "flashinfer", also=("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS",)),
+    Library("torch's extensions", "TORCH_EXTENSIONS_DIR", "torch_extensions", is_bound=True),
+    Library(
+        "FlashInfer",
+        "FLASHINFER_WORKSPACE_BASE",
+        "flashinfer",
+        also=("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS",),
+        is_bound=True,
+    ),
     Library("DeepGEMM", "DG_JIT_CACHE_DIR", "deep_gemm", also=("TRTLLM_DEEP_GEMM_CACHE_PER_PROCESS",)),
     Library(
         "TensorRT-LLM's DeepGEMM",
@@ -95,6 +103,11 @@ def assign(folder: str, environ: Mapping[str, str]) -> Assignment:
         variables[ROOT_VARIABLE] = root
         folders.append(root)
     return Assignment(variables, tuple(folders), tuple(own))
+
+
+def is_bound(path: str) -> bool:
+    """Return whether a file below a rank's folder is good only in a folder of the same path."""
+    return any(library.is_bound and path.startswith(f"{library.place}/") for library in LIBRARIES)
 
 
 def json_places() -> frozenset[str]:

@@ -171,14 +171,29 @@ def test_an_archive_gives_the_files_back_with_their_times_to_the_nanosecond(tmp_
     source = write(tmp_path / "a", files)
     os.utime(source / "flashinfer/op.so", ns=(1, 1_700_000_000_123_456_789))
     (source / "flashinfer/op.so").chmod(0o755)
-    target = tmp_path / "b"
+    data = packed(source)
+    source.rename(tmp_path / "moved")
+    target = tmp_path / "a"
     target.mkdir()
-    unpack(io.BytesIO(packed(source)), str(target))
+    unpack(io.BytesIO(data), str(target))
     assert read(target) == files
     assert (target / "flashinfer/op.so").stat().st_mtime_ns == 1_700_000_000_123_456_789
     assert (target / "flashinfer/op.so").stat().st_mode & 0o777 == 0o700
     assert (target / "triton/K/kernel.cubin").stat().st_mode & 0o777 == 0o600
-    assert contents_of(str(target)) == contents_of(str(source))
+    assert contents_of(str(target)) == contents_of(str(tmp_path / "moved"))
+
+
+def test_what_is_good_in_one_folder_only_isn_t_unpacked_into_another(tmp_path: Path) -> None:
+    files = {
+        "triton/k": b"k",
+        "flashinfer/.cache/op/build.ninja": b"n",
+        "torch_extensions/x/x.so": b"x",
+        "cuda/index": b"i",
+    }
+    data = packed(write(tmp_path / "a", files))
+    (tmp_path / "b").mkdir()
+    unpack(io.BytesIO(data), str(tmp_path / "b"))
+    assert set(read(tmp_path / "b")) == {"triton/k", "cuda/index"}
 
 
 def test_what_is_of_a_process_or_would_stop_the_engine_is_left_out(tmp_path: Path) -> None:
@@ -188,6 +203,7 @@ def test_what_is_of_a_process_or_would_stop_the_engine_is_left_out(tmp_path: Pat
         "flashinfer/cached_ops/tmp/op.lock": b"",
         "inductor/locks/a": b"",
         "inductor/a.lock": b"",
+        "torch_extensions/x/lock": b"",
         "autotuner/cache.json": b'{"rank_0": {',
     }
     source = write(tmp_path / "a", {"triton/K/k": b"k", **left_out})
