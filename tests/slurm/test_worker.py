@@ -83,7 +83,8 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
     plugin: str, start: Start, stack: Stack, model_dir: Path
 ) -> None:
     layout = TWO_BY_THREE if plugin == "pmix" else THREE_BY_ONE
-    worker = start(layout, plugin, "--label")
+    # on a busy machine the tokens take longer than the drain's default limit
+    worker = start(layout, plugin, "--label", DYN_MPI_DRAIN_TIMEOUT="90")
     ready = worker.ready()
     assert (ready["ranks"], ready["host"]) == (layout.nodes * layout.ranks_per_node, "n1")
     assert {node: len(pids) for node, pids in worker.ranks().items()} == dict.fromkeys(
@@ -95,13 +96,13 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
         assert "The capital of France is Paris" in answer_of(asking)["text"]
 
     step = f"{worker.job}.0"
-    with stack.ask(model_dir.name, "Tell me a long story about a fox.", 40) as asking:
+    with stack.ask(model_dir.name, "Tell me a long story about a fox.", 60) as asking:
         assert asking.stdout is not None
         asking.stdout.readline()
         assert stack.slurm.exec("scancel", "--signal=TERM", step).returncode == 0
         eventually(lambda: stack.keys() == [], "the keys are gone", 10)
-        answer = answer_of(asking)
-        assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 40)
+        answer = answer_of(asking, 90)
+        assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 60), answer
     assert worker.wait() == 0, worker.text()
     assert "drain: deregistered, 1 requests in flight" in worker.text()
     assert not worker.ready_file.exists()
