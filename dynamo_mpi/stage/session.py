@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 SETTING = "--stage (DYN_MPI_STAGE)"
 MEMORY_COST = "in memory, where it counts against the job's limit, and on GB200 against the KV cache"
 _BUSY_SECONDS, _POLL_SECONDS = 0.5, 0.02
-_GRACE_SECONDS = 30.0
+GRACE_SECONDS = 15.0
+"""How long after the time limit a helper that doesn't answer is killed: it ends by itself before, and removes what it has copied."""
 _CANCEL_SECONDS = 10.0
 
 
@@ -284,7 +285,7 @@ class Staging:
     def _await(self) -> dict[str, Any]:
         """Return how this node's helper has ended."""
         if self._reader is not None and self._process is not None:
-            self._reader.join(max(0.0, self._began + self._plan.seconds + _GRACE_SECONDS - time.monotonic()))
+            self._reader.join(max(0.0, self._began + self._plan.seconds + GRACE_SECONDS - time.monotonic()))
             self._process.kill()
         host = host_name()
         if not self._result:

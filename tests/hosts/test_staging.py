@@ -21,6 +21,7 @@ import pytest
 
 from dynamo_mpi.stage.helper import TITLE
 from dynamo_mpi.stage.manifest import Manifest
+from dynamo_mpi.stage.session import GRACE_SECONDS
 from dynamo_mpi.stage.store import LOCK, MARKER
 from tests.bench.stage_hosts import MOUNT, NETWORK, NODE_FOLDER, StageHosts
 from tests.namespaces.commands import InsideProcess
@@ -34,9 +35,11 @@ from .settings import NETWORKS
 pytestmark = [pytest.mark.hosts, pytest.mark.serial]
 HOSTS, SIZES = 3, [12 << 20] * 4
 RATE, LINK = 24e6, 96e6
-TIMEOUT = 20.0
+TIMEOUT = 12.0
+# until a stopped helper is killed, and for the start of MPI on a busy machine
+LONGEST = TIMEOUT + GRACE_SECONDS + 45.0
 SEED = int(os.environ.get("DYN_MPI_STAGE_SEED", "20"))
-KINDS = ("rank", "helper", "first-helper", "stop", "link", "disk", "read", "change")
+KINDS = ("rank", "helper", "first-helper", "stop", "link", "disk", "read", "change", "feeder")
 # of the others, staging ends by its deadline only
 LANDING = ("rank", "helper", "disk", "change")
 OWN = f"{NODE_FOLDER}/dynamo-mpi-{os.geteuid()}"
@@ -94,7 +97,7 @@ def start(hosts: StageHosts, *words: str) -> InsideProcess:
     return hosts.start_ranks(staged, environment=own)
 
 
-def result_of(process: InsideProcess, seconds: float = 3 * TIMEOUT) -> dict[str, Any]:
+def result_of(process: InsideProcess, seconds: float = LONGEST) -> dict[str, Any]:
     """Return what rank 0 has printed; nothing if the ranks were ended. Fails if they hang."""
     with process:
         try:
@@ -187,6 +190,9 @@ def test_nothing_wrong_is_ever_visible(fresh: StageHosts, kind: str, seed: int) 
     chance = random.Random(seed)  # noqa: S311 - of a test
     host = chance.choice(fresh.hosts.names)
     wait = chance.uniform(0.0, 2.0)
+    if kind == "feeder":
+        # it has a copy, from which the others get theirs
+        assert fresh.stage(hosts=(host,))["problem"] == ""
     if kind == "disk":
         # room for the look before the first byte is somebody else's in the middle
         fresh.run(host, f"mount -t tmpfs -o size={int((sum(SIZES) >> 20) + 66)}m tmpfs {NODE_FOLDER}")
@@ -230,8 +236,8 @@ def strike(hosts: StageHosts, kind: str, host: str, chance: random.Random) -> bo
     """Do the damage; return whether what it hits was still there."""
     if kind == "rank":
         return kill(processes(hosts, host, "tests.bench.stage_ranks")[-1:])
-    if kind in ("helper", "first-helper"):
-        return kill(helpers(hosts, host if kind == "helper" else "h1"))
+    if kind in ("helper", "first-helper", "feeder"):
+        return kill(helpers(hosts, "h1" if kind == "first-helper" else host))
     if kind == "stop":
         return kill(helpers(hosts, host), signal.SIGSTOP)
     if kind == "link":
