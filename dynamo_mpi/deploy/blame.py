@@ -84,6 +84,7 @@ class Evidence:
         death: how the first rank ended according to the launcher's output; None if it names none.
         phase: the worker's phase, if no report has one.
         lost: nodes that are known to be lost.
+        ranks_per_node: consecutive ranks on each node; 0 if that isn't known.
     """
 
     code: int
@@ -92,6 +93,18 @@ class Evidence:
     death: Death | None = None
     phase: str = ""
     lost: tuple[str, ...] = ()
+    ranks_per_node: int = 0
+
+    def node_of(self, host: str, rank: int) -> str:
+        """Return the node of a rank; empty if it isn't known. A host may call itself by another name than Slurm or the hostfile does."""
+        if host in self.nodes:
+            return host
+        short = host.partition(".")[0]
+        for node in self.nodes:
+            if short and node.rpartition("@")[2].partition(".")[0] == short:
+                return node
+        place = rank // self.ranks_per_node if self.ranks_per_node and rank >= 0 else -1
+        return self.nodes[place] if 0 <= place < len(self.nodes) else ""
 
 
 @dataclass(frozen=True)
@@ -132,13 +145,13 @@ def blame(evidence: Evidence) -> Blame:
         error = f"{', '.join(evidence.lost)} is lost"
         rank_reports = [report for report in evidence.reports if report.host in evidence.lost]
         phase = rank_reports[0].phase if rank_reports else _phase_of(evidence)
-        return Blame(evidence.code, -1, _node(host, evidence.nodes), phase, "host lost", error, evidence.lost)
+        return Blame(evidence.code, -1, host, phase, "host lost", error, evidence.lost)
     report = _first(evidence.reports)
     if report is None:
         return _of_launcher(evidence)
     code = report.code if evidence.code not in MISTAKES and report.code in MISTAKES else evidence.code
-    host = _node(report.host, evidence.nodes)
-    lost = [_node(each.host, evidence.nodes) for each in evidence.reports if each.cause is _LOST]
+    host = evidence.node_of(report.host, report.rank)
+    lost = [evidence.node_of(each.host, each.rank) for each in evidence.reports if each.cause is _LOST]
     named = _named(report.text or report.error, evidence.nodes) if report.phase == _HARDWARE else []
     death = evidence.death
     is_bare = report.cause is DetectedBy.DISCONNECT and death is not None and report.rank in death.ranks
@@ -177,11 +190,12 @@ def _of_launcher(evidence: Evidence) -> Blame:
     if death is None:
         return Blame(code, phase=evidence.phase, cause=f"exit code {code}", is_mistake=is_mistake)
     error = _how(death)
-    host = _node(death.host, evidence.nodes)
+    rank = death.ranks[0] if len(death.ranks) == 1 else -1
+    host = evidence.node_of(death.host, rank)
     is_lost = "lost with its" in death.how
     return Blame(
         code,
-        death.ranks[0] if len(death.ranks) == 1 else -1,
+        rank,
         # a launcher that had begun to end the ranks may name one of those
         host if death.is_sure else "",
         evidence.phase,
@@ -213,14 +227,6 @@ def _cause(detected: DetectedBy, error: str, nodes: Sequence[str]) -> str:
 def _word(node: str) -> str:
     """Return the pattern of a node's name, not as a part of another word."""
     return rf"(?<![\w.-]){re.escape(node)}(?![\w-])"
-
-
-def _node(host: str, nodes: Sequence[str]) -> str:
-    """Return the node that a host's name means: a host may call itself by a longer or shorter name than Slurm or the hostfile does."""
-    if host in nodes:
-        return host
-    short = host.partition(".")[0]
-    return next((node for node in nodes if node.rpartition("@")[2].partition(".")[0] == short and short), "")
 
 
 def _named(text: str, nodes: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes as Slurm sees them (``scontrol show node``, ``scontrol show topology``), and whether they answer. Pure, but for `ask_slurm_about`
-and `answers`.
+"""Nodes as Slurm sees them (``scontrol show node``, ``scontrol show topology``), and whether they answer. Pure, but for `ask_slurm_about`,
+`topology_of` and `answering`.
 
 Slurm calls a node down only after SlurmdTimeout, 300 s by default. That it doesn't answer is seen before: by a TCP connection to its slurmd,
 as srun makes one. A refused connection is an answer: slurmd may be restarted while the steps run on.
@@ -8,11 +8,14 @@ as srun makes one. A refused connection is an answer: slurmd may be restarted wh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
+import selectors
 import socket
 import subprocess
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -151,17 +154,40 @@ def topology_of(node: str, environ: Mapping[str, str] | None = None) -> list[fro
     return neighbours(_scontrol("show", "topology", node, environ=environ) or "", node)
 
 
-def answers(address: str, port: int, seconds: float = CONNECT_SECONDS) -> bool | None:
-    """Return whether a node's host answers; None if that can't be found out from here."""
-    try:
-        with socket.create_connection((address, port), timeout=seconds):
-            return True
-    except ConnectionRefusedError:
-        return True
-    except TimeoutError:
-        return False
-    except OSError as error:
-        return False if error.errno in _SILENT else None
+def answering(nodes: Sequence[SlurmNode], seconds: float = CONNECT_SECONDS) -> dict[str, bool | None]:
+    """Connect to the slurmd of nodes, all at once; return whether each node's host answers, None if that can't be found out from here.
+
+    Args:
+        nodes: the nodes.
+        seconds: after which no answer counts as none.
+    """
+    found: dict[str, bool | None] = {}
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for node in nodes:
+            try:
+                family, _, _, _, address = socket.getaddrinfo(node.address, node.port, type=socket.SOCK_STREAM)[0]
+                connection = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            except OSError:  # its name doesn't resolve here, or there are too many open files
+                found[node.name] = None
+                continue
+            connection.setblocking(False)
+            code = connection.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                selector.register(connection, selectors.EVENT_WRITE, node.name)
+            else:
+                found[node.name] = _is_answer(code)
+        end = time.monotonic() + seconds
+        while selector.get_map() and (left := end - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                connection = cast("socket.socket", key.fileobj)
+                selector.unregister(connection)
+                found[key.data] = _is_answer(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        found |= {key.data: False for key in selector.get_map().values()}
+    return found
+
+
+def _is_answer(code: int) -> bool | None:
+    return True if code in (0, errno.ECONNREFUSED) else False if code in _SILENT else None
 
 
 def _scontrol(*words: str, environ: Mapping[str, str] | None = None) -> str | None:

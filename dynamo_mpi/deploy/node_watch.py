@@ -2,8 +2,8 @@
 """Watches the nodes of a Slurm deployment in a thread: whether each answers, and what Slurm says about it.
 
 A worker's own heartbeats find a node that is lost while another of its nodes is left; for a worker of one node, Slurm finds it after
-SlurmdTimeout. A node counts as lost when it has answered none of several connections, and some other node has answered meanwhile: if none
-has, it is this host that is cut off.
+SlurmdTimeout. A node counts as lost when it has answered none of several connections, while another node, or slurmctld, has answered: if
+nobody has, it is this host that is cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.deploy.node_health import CONNECT_SECONDS, answers, ask_slurm_about
+from dynamo_mpi.deploy.node_health import answering, ask_slurm_about
+from dynamo_mpi.deploy.nodes import is_this_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ class NodeWatch:
         self._end = threading.Event()
         self._seen: dict[str, SlurmNode] = {}
         self._silent_since: dict[str, float] = {}
+        self._reached = float("-inf")
         self._thread = threading.Thread(target=self._run, name="node watch", daemon=True)
 
     def start(self) -> None:
@@ -55,10 +57,9 @@ class NodeWatch:
         with self._lock:
             found = {name: node.lost for name, node in self._seen.items() if node.lost}
             now = time.monotonic()
-            silent = {name: now - since for name, since in self._silent_since.items() if now - since >= SILENT_SECONDS}
-            if len(self._silent_since) < len(self._nodes):
-                for name, seconds in silent.items():
-                    found.setdefault(name, f"it doesn't answer for {seconds:.0f} s")
+            for name, since in self._silent_since.items():
+                if now - since >= SILENT_SECONDS and self._reached > since:
+                    found.setdefault(name, f"it doesn't answer for {now - since:.0f} s")
         return found
 
     @property
@@ -76,12 +77,14 @@ class NodeWatch:
         asked = float("-inf")
         while not self._end.is_set():
             began = time.monotonic()
-            if began >= asked + SLURM_SECONDS:
+            with self._lock:
+                is_alone = bool(self._silent_since) and self._reached <= max(self._silent_since.values())
+            if began >= asked + (LOOK_SECONDS if is_alone else SLURM_SECONDS):
                 asked = began
                 found = ask_slurm_about(self._nodes)
                 if found is not None:
                     with self._lock:
-                        self._seen = found
+                        self._seen, self._reached = found, began
             self._look()
             self._end.wait(max(0.0, began + LOOK_SECONDS - time.monotonic()))
 
@@ -89,27 +92,13 @@ class NodeWatch:
         """Connect to all nodes at once."""
         with self._lock:
             known = [self._seen[name] for name in self._nodes if name in self._seen]
-        looks = [_Look(node) for node in known]
-        end = time.monotonic() + CONNECT_SECONDS + 1.0
-        for look in looks:
-            look.join(max(0.0, end - time.monotonic()))
-        now = time.monotonic()
+        began = time.monotonic()
+        found = answering(known)
         with self._lock:
-            for look in looks:
-                if look.answered:
-                    self._silent_since.pop(look.node.name, None)
-                elif look.answered is False:
-                    self._silent_since.setdefault(look.node.name, now - CONNECT_SECONDS)
-
-
-class _Look(threading.Thread):
-    """One connection to one node."""
-
-    def __init__(self, node: SlurmNode) -> None:
-        super().__init__(name=f"look {node.name}", daemon=True)
-        self.node = node
-        self.answered: bool | None = None
-        self.start()
-
-    def run(self) -> None:
-        self.answered = answers(self.node.address, self.node.port)
+            for name, is_there in found.items():
+                if is_there:
+                    self._silent_since.pop(name, None)
+                    # this host's own slurmd answers without a network
+                    self._reached = self._reached if is_this_host(name) else began
+                elif is_there is False:
+                    self._silent_since.setdefault(name, began)

@@ -66,6 +66,7 @@ class WorkerEnd(NamedTuple):
             None if death is None else death.placed(worker.nodes, worker.ranks_per_node),
             trace.phase or ("serve" if self.was_ready else ""),
             tuple(self.lost),
+            worker.ranks_per_node,
         )
         return blame(evidence), report
 

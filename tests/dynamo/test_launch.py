@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,16 @@ class LaunchCommand(MarkedCommand):
     """`dynamo-mpi launch` of a prefill and a decode worker of one rank each."""
 
     def __init__(
-        self, folder: Path, model_dir: Path, *words: str, stderr: int | None = None, **environment: str
+        self,
+        folder: Path,
+        model_dir: Path,
+        *words: str,
+        stderr: int | None = None,
+        spares: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self.run_dir = folder / "run"
-        (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+        (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in ("localhost", "127.0.0.1", *spares)))
         (folder / "engine.yaml").write_text(CONFIG)
         command = [
             *(sys.executable, "-m", "dynamo_mpi", "launch", "--hostfile", str(folder / "hosts")),
@@ -157,6 +165,35 @@ def test_both_workers_on_a_host_use_one_staged_copy(tmp_path: Path, model_dir: P
         launch.process.send_signal(signal.SIGINT)
         assert launch.wait(30) == 130
         assert not store.entries()[0].in_use
+
+
+@pytest.mark.full
+def test_a_host_that_is_blamed_twice_is_replaced_by_a_spare(tmp_path: Path, model_dir: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect(("192.0.2.1", 9))  # nothing is sent
+        spare = str(way.getsockname()[0])
+    words = ("--spare-nodes", "1", "--skip-check")
+    with LaunchCommand(tmp_path, model_dir, *words, spares=[spare]) as launch:
+        launch.wait_for_text("ready: smollm2. Try:")
+        assert (launch.run_dir / "logs" / f"spare-{spare}.log").exists()
+        os.kill(launch.rank("decode-0"), signal.SIGKILL)
+        launch.wait_for_text("start 2 of at most 4 in an hour, at once")
+        launch.wait_for_text("decode-0: ready", times=2)
+        assert launch.err.count("decode-0: 1 rank on 127.0.0.1") == 2
+        os.kill(launch.rank("decode-0"), signal.SIGKILL)
+        launch.wait_for_text("127.0.0.1 is left out (2 failures within an hour began there; the last one: ")
+        launch.wait_for_text("decode-0: ready", times=3)
+        assert f"decode-0: 1 rank on {spare}" in launch.err
+        assert launch.ready("decode-0")["attempt"] == 3
+        eventually(lambda: launch.ask()[0] == 200, "it answers again", 30)
+        # without a further spare a worker that is alone in its role stays
+        (launch.run_dir / "replace").mkdir(mode=0o700)
+        (launch.run_dir / "replace" / spare).touch(mode=0o600)
+        launch.wait_for_text(f"replace {spare} of decode-0: refused (no spare node is left")
+        assert launch.end() == 143, launch.err
+        assert "for a next job: --exclude=127.0.0.1" in launch.err
+        left = json.loads((launch.run_dir / "excluded.json").read_text())["nodes"]
+        assert [(one["node"], one["worker"]) for one in left] == [("127.0.0.1", "decode-0")]
 
 
 def test_a_worker_with_no_process_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:

@@ -68,6 +68,19 @@ CASES: dict[str, tuple[Evidence, tuple[int, str, tuple[str, ...]]]] = {
         Evidence(70, ("me@n3", "me@n4"), (report(1, "n4", DISCONNECT, DIED, is_composed=True),)),
         (1, "me@n4", ()),
     ),
+    "hosts of a hostfile by their addresses": (
+        Evidence(
+            70,
+            ("10.0.0.3", "10.0.0.4"),
+            (report(3, "gpu-b", DISCONNECT, DIED, is_composed=True),),
+            ranks_per_node=2,
+        ),
+        (3, "10.0.0.4", ()),
+    ),
+    "a rank that there isn't": (
+        Evidence(70, NODES, (report(9, "elsewhere", DISCONNECT, DIED, is_composed=True),), ranks_per_node=2),
+        (9, "", ()),
+    ),
     "the hardware check, which rank 0 reports, names the node": (
         Evidence(
             64,

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from dynamo_mpi.checks.node_probe import HERE, problems_of, read_result, result,
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.excluded import describe_excluded, exclude, excluded_before
 from dynamo_mpi.deploy.no_kill import is_kept, says_no_kill, warning
-from dynamo_mpi.deploy.node_health import answers, nearest, neighbours, parse_nodes
+from dynamo_mpi.deploy.node_health import SlurmNode, answering, nearest, neighbours, parse_nodes
 from dynamo_mpi.deploy.node_watch import SILENT_SECONDS, NodeWatch
 from dynamo_mpi.deploy.nodes import Nodes, Worker, assign
 from dynamo_mpi.deploy.run_dir import RunDir
@@ -154,25 +156,53 @@ def test_a_spare_of_the_same_switch_comes_first() -> None:
     assert nearest(["n9", "n2"], neighbours("", "n1")) == ["n9", "n2"]
 
 
-def test_a_host_that_refuses_a_connection_is_alive() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert answers("127.0.0.1", server.getsockname()[1]) is True
-    with closed_port() as port:
-        assert answers("127.0.0.1", port) is True
-    assert answers("no.such.host.invalid", 1) is None
+def test_a_host_that_refuses_a_connection_is_alive_and_one_that_drops_it_is_not() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.socket() as full,
+        closed_port() as closed,
+        contextlib.ExitStack() as clients,
+    ):
+        # Linux drops a SYN to a port whose queue is full, as a host that is off would
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        ports = {"listens": listening.getsockname()[1], "refuses": closed, "drops": full.getsockname()[1]}
+        nodes = [SlurmNode(name, frozenset(), "", "127.0.0.1", port) for name, port in ports.items()]
+        nodes.append(SlurmNode("unknown", frozenset(), "", "no.such.host.invalid"))
+        began = time.monotonic()
+        assert answering(nodes, 0.3) == {"listens": True, "refuses": True, "drops": False, "unknown": None}
+        assert time.monotonic() < began + 10
+    assert answering([]) == {}
 
 
-def test_a_watch_calls_nodes_lost_unless_none_answers() -> None:
+def test_a_watch_calls_a_silent_node_lost_unless_it_is_this_host_that_is_cut_off() -> None:
     watch = NodeWatch(("n1", "n2"))
     watch._seen = {name: node for name, node in parse_nodes(NODES).items() if name in ("n1", "n2")}
-    watch._silent_since = {"n2": float("-inf")}
-    assert list(watch.lost) == ["n2"]
+    begin = time.monotonic() - SILENT_SECONDS - 1
+    watch._silent_since = {"n2": begin}
     assert watch.is_silent("n2")
-    assert watch.drained == {"n2": "Slurm says drain (fan is loud)"}
-    # it is this host that is cut off
-    watch._silent_since["n1"] = float("-inf")
     assert watch.lost == {}
-    assert SILENT_SECONDS < 10
+    # somebody else has answered since
+    watch._reached = begin + 1
+    assert list(watch.lost) == ["n2"]
+    watch._silent_since = {"n2": time.monotonic() - 1}
+    assert watch.lost == {}
+    assert watch.drained == {"n2": "Slurm says drain (fan is loud)"}
+
+
+def test_a_watch_looks_at_real_ports() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        watch = NodeWatch(("n1", "n2"))
+        watch._seen = {name: SlurmNode(name, frozenset(), "", "127.0.0.1", port) for name in ("n1", "n2")}
+        watch._silent_since = {"n1": 0.0, "n2": 0.0}
+        watch._look()
+    assert not watch.is_silent("n1")
+    assert watch._reached > time.monotonic() - 5
 
 
 GIB = 2**30
