@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.runtime.main import exit_process, main
-
 if __name__ == "__main__":
+    import gc
+
+    # the start makes no garbage; what goes on after the preflight enables it
+    gc.disable()
+
+    from dynamo_mpi.runtime.main import exit_process, main
+
     exit_process(main())

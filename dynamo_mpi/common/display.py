@@ -11,9 +11,7 @@ import re
 
 DISPLAY_CHARACTERS = 256
 # a terminal's colours; control characters but newline and tab; those that reorder or hide text
-_CONTROLS = re.compile(
-    "\x1b\\[[0-9;]*m|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-)
+_CONTROLS = "\x1b\\[[0-9;]*m|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 
 
 def sanitize(text: str, max_characters: int = DISPLAY_CHARACTERS) -> str:
@@ -32,7 +30,8 @@ def sanitize_lines(text: str, max_characters: int) -> str:
 
 def without_controls(text: str) -> str:
     """Return a text of any length without colours, and with other control characters as JSON escapes them; newlines and tabs stay."""
-    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}" if len(match[0]) == 1 else "", text)
+    # compiled at first use: ranks import this module, and most have no such text
+    return re.sub(_CONTROLS, lambda match: f"\\u{ord(match[0]):04x}" if len(match[0]) == 1 else "", text)
 
 
 def shell_word(text: object) -> str:

@@ -8,11 +8,11 @@ import re
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableMapping
 
 PARENT_VARIABLE, STATE_VARIABLE = "TRACEPARENT", "TRACESTATE"
 # version 00 has four fields; later versions may have more, which are ignored
-_FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_FORM = r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 
 
 class Trace(NamedTuple):
@@ -37,7 +37,7 @@ def trace_of(environ: Mapping[str, str]) -> Trace | None:
     """Return the trace of an environment; None if there is none, or an invalid one, which the specification requires to ignore together
     with ``TRACESTATE``."""
     text = environ.get(PARENT_VARIABLE, "").strip()
-    match = _FORM.fullmatch(text)
+    match = re.fullmatch(_FORM, text)
     if match is None:
         return None
     version, trace_id, span_id, flags, more = match.groups()
@@ -55,3 +55,12 @@ def invalid_reason(environ: Mapping[str, str]) -> str:
         f"{PARENT_VARIABLE} is {text[:80]!r}, which names no trace: this worker runs without one; expected: "
         "00-TRACE_ID-PARENT_ID-FLAGS with 32, 16 and 2 hexadecimal digits in lower case, the ids not all zero"
     )
+
+
+def remove_invalid(environ: MutableMapping[str, str]) -> str:
+    """Remove a trace that can't be used, as the engine and Dynamo would read and report it again; return `invalid_reason`."""
+    reason = invalid_reason(environ)
+    if reason:
+        for name in (PARENT_VARIABLE, STATE_VARIABLE):
+            environ.pop(name, None)
+    return reason

@@ -249,6 +249,43 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
             parser.add_argument(flag, dest=option.name, action="store_const", const=without, help=note)
 
 
+def read_flags(options: Sequence[Option], words: Sequence[str], others: Sequence[str] = ()) -> dict[str, str] | None:
+    """Return flags' values by option name, as `add_options`' parser does, without argparse, which would be a tenth of rank 0's start.
+
+    Args:
+        options: the options.
+        words: the command line.
+        others: flags with values that belong to no option; they are left out.
+
+    Returns:
+        None unless all words are flags as they are defined, each with a value that doesn't begin with a dash: argparse must decide.
+    """
+    values: dict[str, str] = dict.fromkeys(others, "")
+    constants: dict[str, tuple[str, str]] = {}
+    for option in options:
+        if option.switch:
+            constants.update(dict.fromkeys(option.flags, (option.name, "true")))
+        else:
+            values.update(dict.fromkeys(option.flags, option.name))
+        if without := "false" if option.negatable else option.without:
+            constants["--no-" + option.flags[0].removeprefix("--")] = (option.name, without)
+    given: dict[str, str] = {}
+    following = iter(words)
+    for word in following:
+        flag, equals, value = word.partition("=")
+        if word in constants:
+            name, value = constants[word]
+        elif flag in values:
+            name, value = values[flag], value if equals else next(following, "-")
+            if not equals and value.startswith("-"):
+                return None
+        else:
+            return None
+        given[name] = value
+    given.pop("", None)
+    return given
+
+
 def resolve(
     options: Sequence[Option],
     given: Mapping[str, Any],

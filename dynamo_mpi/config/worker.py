@@ -18,7 +18,7 @@ from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.phases import FORMER_PHASES
 from dynamo_mpi.config.engine import ROLE, engine_flags
-from dynamo_mpi.config.options import Option, add_options, resolve, usage_parser
+from dynamo_mpi.config.options import Option, add_options, read_flags, resolve, usage_parser
 from dynamo_mpi.config.sources import SETTINGS_FILE
 from dynamo_mpi.config.worker_options import OPTIONS
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
@@ -150,8 +150,11 @@ def load_settings(sources: WorkerSources) -> Settings:
         ConfigFileError: the settings file can't be used.
     """
     words, dynamic = split_dynamic_flags(sources.argv)
-    parsed, passed_on = build_parser().parse_known_args(words)
-    given, environ, file = vars(parsed), sources.environ, _known(sources)
+    passed_on: list[str] = []
+    if (given := read_flags(OPTIONS, words, ("--settings",))) is None:
+        parsed, passed_on = build_parser().parse_known_args(words)
+        given = vars(parsed)
+    environ, file = sources.environ, _known(sources)
     role = resolve([ROLE], given, environ, file)[0]["role"]
     options = [_for_role(option, role) for option in OPTIONS]
     values, origins = resolve(options, given, environ, file, sources.early_texts)

@@ -17,6 +17,7 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_HEAD = 1024
 _SPIN_SECONDS = 0.001
 _LONGEST_SLEEP_SECONDS = 0.005
 # the request to end all ranks is sent at once, but Open MPI 4.1, if it is already ending them, would block for 3 s
@@ -33,11 +34,15 @@ class World:
 
     def broadcast(self, payload: bytes = b"") -> bytes:
         """Send rank 0's ``payload`` to every rank. Collective."""
-        length = bytearray(len(payload).to_bytes(8, "little"))
-        _wait(self.comm.Ibcast(length, 0))
-        data = bytearray(payload) if self.rank == 0 else bytearray(int.from_bytes(length, "little"))
-        _wait(self.comm.Ibcast(data, 0))
-        return bytes(data)
+        # its length, and as much of it as fits: one message, where the payload is short
+        head = bytearray(len(payload).to_bytes(8, "little") + payload[:_HEAD].ljust(_HEAD, b"\0"))
+        _wait(self.comm.Ibcast(head, 0))
+        length = int.from_bytes(head[:8], "little")
+        if length <= _HEAD:
+            return bytes(head[8 : 8 + length])
+        rest = bytearray(payload[_HEAD:] if self.rank == 0 else length - _HEAD)
+        _wait(self.comm.Ibcast(rest, 0))
+        return bytes(head[8:] + rest)
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Gather every rank's ``payload`` on rank 0, in rank order; other ranks get an empty list. Collective."""
@@ -54,13 +59,7 @@ class World:
 
     def barrier(self, seconds: float) -> bool:
         """Wait until every rank has reached the barrier, at most ``seconds``; return whether all have. Collective."""
-        request = self.comm.Ibarrier()
-        end = time.monotonic() + seconds
-        while not request.Test():
-            if time.monotonic() > end:
-                return False
-            time.sleep(_LONGEST_SLEEP_SECONDS)
-        return True
+        return _wait(self.comm.Ibarrier(), seconds)
 
     def duplicate(self) -> MPI.Intracomm:
         """Return a communicator of the same ranks for another module's messages. Collective."""
@@ -186,12 +185,15 @@ def _byte_type() -> MPI.Datatype:
     return MPI.BYTE
 
 
-def _wait(request: MPI.Request) -> None:
-    if request.Test():
-        return
+def _wait(request: MPI.Request, seconds: float = float("inf")) -> bool:
+    """Wait until a request is complete, at most ``seconds``; return whether it is."""
     start = time.monotonic()
     pause = 0.0
     while not request.Test():
-        if time.monotonic() - start > _SPIN_SECONDS:
+        waited = time.monotonic() - start
+        if waited > seconds:
+            return False
+        if waited > _SPIN_SECONDS:
             pause = min(pause + 0.0002, _LONGEST_SLEEP_SECONDS)
         time.sleep(pause)
+    return True

@@ -245,6 +245,7 @@ def _run(
         health: where to answer health requests.
         started: that rank's process, and when it started, by both clocks.
     """
+    import gc
     import socket
 
     from dynamo_mpi.common.process import forbid_core_dumps, set_process_title
@@ -267,6 +268,7 @@ def _run(
     set_process_title(f"dynamo_mpi: node agent on {host}")
     if observer is not None:
         observer.start()
+    gc.enable()
     agent.run(started[1])
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -77,6 +78,7 @@ def run_follower(
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
     from dynamo_mpi.supervisor.signals import SignalThread, signals_of
 
+    gc.enable()
     rendezvous, packed = Rendezvous.unpack(message[1:])
     log_writer.open_file(rendezvous.log_dir, rendezvous.label, world.rank)
     phases.on_phase(lambda name: log.debug(f"phase {name}"))

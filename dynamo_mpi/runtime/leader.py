@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from functools import partial
@@ -119,6 +120,7 @@ class LeaderRank:
             if settings.preflight_only:
                 return self._stop(result.report, result.exit_code)
             self._log.info(result.report)
+            gc.enable()
             if rank0_address is not None:
                 settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:

@@ -162,6 +162,12 @@ def _spawn_node_agent(
         return None, None
     from dynamo_mpi.runtime.agent_process import AgentStarter
 
+    if launch.rank == 0:
+        # both need them, and the agent inherits them
+        import dynamo_mpi.common.failure
+        import dynamo_mpi.common.log_writer
+        import dynamo_mpi.common.redact
+        import dynamo_mpi.supervisor.leases  # noqa: F401
     starter = AgentStarter(launch, host, sources().early, os.environ, health)
     return starter.spawn(), starter.respawn
 
@@ -269,18 +275,20 @@ def _abort_world(
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exit with ``code``; skip Python's finalization if Dynamo's runtime or TensorRT-LLM was imported.
+    """Exit with ``code``, without Python's finalization.
 
-    If a thread of the runtime requests the GIL during finalization, it is unwound through Rust, which aborts the process (code 134);
-    TensorRT-LLM has been seen to hang there (its pull request 17970).
+    If a thread of Dynamo's runtime requests the GIL during finalization, it is unwound through Rust, which aborts the process (code 134);
+    TensorRT-LLM has been seen to hang there (its pull request 17970). Without them it would only take time.
     """
-    if _MODULES_WITH_THREADS & sys.modules.keys():
+    is_hydra = detect_launcher(os.environ).launcher is Launcher.HYDRA
+    if is_hydra and not _MODULES_WITH_THREADS & sys.modules.keys():
+        sys.exit(code)
+    if "mpi4py.MPI" in sys.modules:
         finalize_mpi()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, AttributeError):  # its reader is gone, or it was never open
-                stream.flush()
-        if detect_launcher(os.environ).launcher is Launcher.HYDRA:
-            # MPICH 5 treats such an exit as a death: its mpiexec would kill the ranks that exit a moment later
-            time.sleep(_HYDRA_EXIT_SECONDS)
-        os._exit(code)
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # its reader is gone, or it was never open
+            stream.flush()
+    if is_hydra:
+        # MPICH 5 treats such an exit as a death: its mpiexec would kill the ranks that exit a moment later
+        time.sleep(_HYDRA_EXIT_SECONDS)
+    os._exit(code)

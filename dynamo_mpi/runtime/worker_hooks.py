@@ -10,8 +10,6 @@ from dynamo_mpi.common.credentials import clients_environ
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.common.hooks import WorkerHooks
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, invalid_reason
-from dynamo_mpi.runtime.worker_record import ReadyFile, remove_ready_file
 from dynamo_mpi.supervisor.leases import OwnedLeases
 from dynamo_mpi.telemetry.health_publisher import HealthPublisher, WorldStatus
 
@@ -96,10 +94,13 @@ class LeaderHooks(WorkerHooks):
 
     def add_status_hooks(self, settings: Settings) -> None:
         """Add the hooks that show the worker's status, and remove the files of an earlier start."""
-        if problem := remove_ready_file(settings.ready_file):
-            self._context.log.warning(
-                f"a ready file of an earlier start, {settings.ready_file}, can't be removed: {problem}"
-            )
+        if settings.ready_file is not None:
+            from dynamo_mpi.runtime.worker_record import remove_ready_file
+
+            if problem := remove_ready_file(settings.ready_file):
+                self._context.log.warning(
+                    f"a ready file of an earlier start, {settings.ready_file}, can't be removed: {problem}"
+                )
         if settings.timeline is not None:
             from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
 
@@ -107,11 +108,11 @@ class LeaderHooks(WorkerHooks):
                 self._context.log.warning(
                     f"a timeline of an earlier start, {settings.timeline}, can't be removed: {problem}"
                 )
-        if problem := invalid_reason(os.environ):
-            self._context.log.warning(problem)
-            # the engine and Dynamo would read the same, and warn again
-            for name in (PARENT_VARIABLE, STATE_VARIABLE):
-                os.environ.pop(name, None)
+        if os.environ.get("TRACEPARENT"):
+            from dynamo_mpi.common.trace_context import remove_invalid
+
+            if problem := remove_invalid(os.environ):
+                self._context.log.warning(problem)
         self.status = WorldStatus(self._context, settings)
         self.add(self.status)
         if self._health_client is not None:
@@ -165,6 +166,7 @@ class LeaderHooks(WorkerHooks):
 
     def add_supervision_hooks(self, settings: Settings, supervisor: WorldSupervisor, preflight_seconds: float) -> None:
         """Add the hooks that show the state of the supervised ranks."""
+        from dynamo_mpi.runtime.worker_record import ReadyFile
         from dynamo_mpi.telemetry.progress import ProgressReporter
 
         if self.status is not None:

@@ -14,7 +14,6 @@ from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutEr
 from dynamo_mpi.common.failure import ENDED_BY_MPI, OPEN_MPI_ABORT
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.redact import process_redactor
-from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS, restart_count
 
 if TYPE_CHECKING:
@@ -161,6 +160,8 @@ def write_failure(
 
 def as_document(failure: Failure, host: str) -> dict[str, Any]:
     """Return the JSON content of a failure file; ``traceback`` is null if the error is not a traceback."""
+    from dynamo_mpi.common.trace_context import trace_of
+
     is_traceback = failure.text.startswith("Traceback")
     return {
         "rank": failure.rank,

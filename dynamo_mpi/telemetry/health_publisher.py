@@ -8,11 +8,7 @@ import time
 
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.common.trace_context import trace_of
-from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.launcher import restart_count
-from dynamo_mpi.telemetry.health_state import HealthState, world_metrics
-from dynamo_mpi.telemetry.metrics import WorldNumbers, describe_progress, metrics_of_world, render
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,11 +80,17 @@ class WorldStatus(WorkerHook):
 
     def numbers(self) -> dict[str, str]:
         """Return the values that change, by the words of `health_state.note`."""
+        from dynamo_mpi.telemetry.metrics import describe_progress, render
+
         progress = "" if self.tracker is None else describe_progress(self.tracker.progress())
         return {"progress": progress, "metrics": render(self._of_ranks())}
 
     def as_metrics_file(self) -> str:
         """Return all metrics, in the format of the metrics file."""
+        from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
+        from dynamo_mpi.telemetry.health_state import HealthState, world_metrics
+        from dynamo_mpi.telemetry.metrics import render
+
         now, wall, age = time.monotonic(), time.time(), self._phases.age
         began = self._phases.spans[-1].began if self._phases.spans else 0.0
         state = HealthState(
@@ -115,6 +117,8 @@ class WorldStatus(WorkerHook):
     def _of_ranks(self) -> tuple[Metric, ...]:
         if self.tracker is None:
             return ()
+        from dynamo_mpi.telemetry.metrics import WorldNumbers, metrics_of_world
+
         numbers = WorldNumbers(
             self.tracker.ranks(),
             self.tracker.progress(),
@@ -177,5 +181,9 @@ def facts_of(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
         "component": component,
         "endpoint": settings.endpoint,
     }
+    if not environ.get("TRACEPARENT"):
+        return facts
+    from dynamo_mpi.common.trace_context import trace_of
+
     trace = trace_of(environ)
     return facts if trace is None else {**facts, "trace": trace.parent}

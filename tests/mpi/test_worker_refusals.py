@@ -236,14 +236,9 @@ ALLOWED_BEFORE_THE_VERDICT = {
     "atexit",
     "binascii",
     "errno",
+    "gc",
     "math",
     "signal",
-    # what typing.NamedTuple needs
-    "typing",
-    "typing.io",
-    "typing.re",
-    "_typing",
-    "collections.abc",
 }
 
 

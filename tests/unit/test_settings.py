@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
-from dynamo_mpi.config.options import Option
+from dynamo_mpi.config.options import Option, read_flags
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import Settings, build_parser, load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
@@ -462,3 +462,34 @@ def test_the_nixl_transport_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match=r"--kv-transport .* is 'nixl'") as caught:
         load("--model", "/m", "--kv-transport", "nixl")
     assert (caught.value.expected, caught.value.fix[:22]) == ("tcp, or no such option", "remove --kv-transport;")
+
+
+_VALUES = st.sampled_from(["", "8", "a b", "-5", "--", "--help", "x=y", "auto", "=", "@file", "-"])
+_FLAGS = st.sampled_from(
+    [*(flag for option in OPTIONS for flag in option.flags), "--settings", "--other", "-x", "word"]
+)
+_WORDS = st.one_of(
+    st.tuples(_FLAGS, _VALUES), st.tuples(_FLAGS), st.builds(lambda flag, value: (f"{flag}={value}",), _FLAGS, _VALUES)
+)
+
+
+@given(st.lists(_WORDS, max_size=5).map(lambda groups: [word for group in groups for word in group]))
+def test_flags_that_are_read_without_argparse_are_what_it_reads(words: list[str]) -> None:
+    found = read_flags(OPTIONS, words, ("--settings",))
+    if found is not None:
+        parsed, rest = build_parser().parse_known_args(words)
+        expected = {name: value for name, value in vars(parsed).items() if value is not None and name != "settings"}
+        assert (found, rest) == (expected, [])
+
+
+def test_usual_command_lines_need_no_argparse() -> None:
+    words = ["--model", "m", "--tensor-parallel-size=8", "--allow-no-gpu", "--settings", "s.yaml"]
+    negatable = [option for option in OPTIONS if option.negatable]
+    assert read_flags(OPTIONS, words) is None, "--settings is no option"
+    assert read_flags(OPTIONS, words, ("--settings",)) == {
+        "model": "m",
+        "tensor_parallel_size": "8",
+        "allow_no_gpu": "true",
+    }
+    for option in negatable:
+        assert read_flags(OPTIONS, [f"--no-{option.flags[0].removeprefix('--')}"]) == {option.name: "false"}
