@@ -18,11 +18,10 @@ from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Finding, error
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_files import find_model
 from dynamo_mpi.layout.report import check_worker
 from dynamo_mpi.layout.report_text import describe_report
-from dynamo_mpi.layout.spec import LayoutSpec
 
 
 def check_tensor_parallel_in_node(spec: LayoutSpec) -> Iterator[Finding]:

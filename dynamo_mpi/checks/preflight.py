@@ -19,12 +19,11 @@ from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.finding import Finding, Severity, errors, render
 from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_files import find_draft
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.report import check_worker, exit_code_of
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 from dynamo_mpi.mpi.placement import hosts
 

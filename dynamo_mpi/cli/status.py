@@ -12,9 +12,11 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.cli.style import terminal_width, write_out
+from dynamo_mpi.cli.style import paint, terminal_width, write_out
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS
@@ -24,6 +26,7 @@ from dynamo_mpi.ops.status_output import describe
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from typing import Any
 
     from dynamo_mpi.common.errors import DynamoMpiError
@@ -98,7 +101,6 @@ def _shown_error(error: DynamoMpiError, output: str) -> str:
 
 
 def _watch(values: dict[str, Any], output: str) -> int:
-    from dynamo_mpi.cli.screen import watch
     from dynamo_mpi.common.signals import Interrupted
 
     def look() -> str:
@@ -112,3 +114,58 @@ def _watch(values: dict[str, Any], output: str) -> int:
     except Interrupted as end:
         return ExitCode.OK if end.number == signal.SIGINT else end.exit_code
     return ExitCode.OK
+
+
+# to the alternate screen, without line wrap and cursor; and back
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?7l\x1b[?25l", "\x1b[?25h\x1b[?7h\x1b[?1049l"
+_HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+
+
+def watch(look: Callable[[], str], period_seconds: float, *, redraw: bool, title: str) -> None:
+    """Show what ``look`` returns until a signal arrives.
+
+    Args:
+        look: returns the text.
+        period_seconds: seconds between two calls.
+        redraw: on a terminal, redraw.
+        title: the screen's title.
+
+    Raises:
+        Interrupted: a signal has arrived.
+    """
+    from dynamo_mpi.common.signals import Interrupts
+
+    with Interrupts() as interrupts:
+        if not redraw or not sys.stdout.isatty():
+            while True:
+                write_out(look())
+                interrupts.pause(period_seconds)
+        text = ""
+        _write(_ENTER)
+        try:
+            while True:
+                text = without_controls(look())
+                clock = time.strftime("%H:%M:%S")
+                _draw([f"{title}, every {period_seconds:g} s, {clock}", "", *text.splitlines()])
+                interrupts.pause(period_seconds)
+        finally:
+            _write(_LEAVE)
+            if text:
+                write_out(text)  # stays on the terminal
+
+
+def _draw(lines: list[str]) -> None:
+    import shutil  # it loads the compression libraries
+
+    width, height = shutil.get_terminal_size()
+    if len(lines) > height:
+        lines = [*lines[: height - 1], f"… {len(lines) - height + 1} more lines"]
+    body = "\r\n".join(paint(line[:width], sys.stdout) + _REST_OF_LINE for line in lines)
+    _write(_HOME + body + _REST_OF_SCREEN)
+
+
+def _write(text: str) -> None:
+    data = text.encode(sys.stdout.encoding or "ascii", "replace")
+    sys.stdout.flush()
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]

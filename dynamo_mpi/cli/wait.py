@@ -19,7 +19,7 @@ from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.config.options import Option, add_options, resolve, to_role
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.layout.spec import ROLES
+from dynamo_mpi.layout.layout import ROLES
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
 from dynamo_mpi.ops.wait import ReadinessWaiter, WaitRequest
 

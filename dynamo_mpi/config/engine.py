@@ -7,7 +7,7 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.config.options import Option, to_fraction, to_path, to_role, to_size, to_switch, to_text
 from dynamo_mpi.layout.gpus import GPUS, find_gpu
-from dynamo_mpi.layout.spec import ROLES
+from dynamo_mpi.layout.layout import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,24 +8,22 @@ The model's file, config.json
     model_files          finds it; model_config: reads it into a shape; config_keys: keys that were not read
     model_shape          the shape: sizes, layers, parts; model_parts: reads latents, experts, states, encoders
     layer_patterns       the kind of each layer; attention_patterns: windows, heads and head sizes of its own
-    quantisation         number formats, and which module has which; quantisation_config: reads them; layer_formats: those of each layer
+    quantisation         number formats, and which module has which; quantisation_config: reads them, for each layer
 The engine config
-    engine_layers        merges flags, YAML and overrides; engine_config: the typed keys; engine_reader: values, as the engine reads them;
-                         bad_values: all that keeps it from being read
-    engine_keys          which keys each version has; key_lookup: the key that was meant; key_rules: their findings
-    engine_values        which values each version accepts; value_spec: one key's; key_conflicts: keys that exclude each other;
-                         value_rules: their findings
-    engine_yaml          writes it for a layout; yaml_line: one value, to paste
+    engine_layers        merges flags, YAML and overrides; engine_config: the typed keys; engine_reader: values, as the engine reads them
+    engine_keys          which keys each version has, and the key that was meant; key_rules: their findings
+    engine_values        which values each version accepts; key_conflicts: keys that exclude each other; value_rules: their findings
+    engine_yaml          writes it for a layout, or one value, to paste
 The rules
-    spec                 their input: a worker; layout: each rank's coordinates; gpus: kinds of GPU; trtllm_version: order of versions
+    layout               their input: a worker, and each rank's coordinates; gpus: kinds of GPU; trtllm_version: order of versions
     rules/               one module per section, and the registry; contract: rules between prefill and decode
-    divisibility         how heads, MLPs and experts are divided; legal_sizes: the legal values of each size, by all rules
+    divisibility         how heads, MLPs and experts are divided
 Sizes in bytes
     memory               each stage's memory; weights: of a rank; layer_weights: of one layer; kv_cache: of a token; overheads: the rest
     staging_room         of a whole checkpoint, as it is staged on a node
 Results
     library              `check` and `plan`; report: a worker's or pair's result; report_text: its text; versions_report: over all versions
-    finding              what a rule found; format: numbers and tables; planner: legal layouts, best first; suggestions: the nearest ones
+    finding              what a rule found; format: numbers and tables; planner: legal layouts, best first; suggestions: others instead
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.common.coerce import as_int
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
-from dynamo_mpi.layout.engine_reader import ANY, EngineReader
+from dynamo_mpi.layout.engine_reader import ANY, EngineReader, as_int
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

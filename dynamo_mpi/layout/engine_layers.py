@@ -2,22 +2,27 @@
 """The config that the engine really gets: Dynamo merges its flags, the YAML and the overrides, in that order.
 
 In Dynamo a flag that the YAML contradicts has no effect, without a warning (``dynamo/trtllm/workers/llm_worker.py``). Here that is a
-finding (H14).
+finding (H14). A config that can't be read is refused with all that keeps it from being read: one wrong type must not hide the other mistakes.
 """
 
 from __future__ import annotations
 
-from dynamo_mpi.common.config_reader import BadValueError, parse_json, parse_yaml
-from dynamo_mpi.common.errors import UsageError
+from copy import deepcopy
+
+from dynamo_mpi.common.config_reader import BadValueError, line_of_key, parse_json, parse_yaml
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
 from dynamo_mpi.layout.engine_reader import EngineReader
 from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.layout.key_rules import check_keys
 from dynamo_mpi.layout.layout import layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.common.config_reader import BadValueError
 
 DYNAMIC_PREFIX = "--trtllm."
 # the flags of dynamo.trtllm that become engine keys, by the key's dotted path
@@ -98,8 +103,6 @@ def merge(layers: EngineLayers) -> MergedConfig:
     try:
         config = type_engine_config(keys, where)
     except BadValueError as error:
-        from dynamo_mpi.layout.bad_values import all_bad_values  # most configs are right
-
         raise all_bad_values(error, keys, where, layers.yaml_text) from None
     if with_gms and (ranks := layout_of(config, None).world_size) > 1:
         findings.append(gms_in_the_child(ranks))
@@ -246,3 +249,54 @@ def gms_in_the_child(ranks: int) -> Finding:
         expected="another load format for more than one rank",
         fix="leave --load-format out",
     )
+
+
+_MOST = 20
+
+
+def all_bad_values(first: BadValueError, keys: Mapping[str, Any], where: str, yaml_text: str | None) -> ConfigFileError:
+    """Return the error for a config with values of a wrong type: it lists them all, and the keys that no version of the engine knows.
+
+    Args:
+        first: the first value's error.
+        keys: the config, with all layers merged.
+        where: where it was found, for messages.
+        yaml_text: the engine config's text; None for none.
+    """
+    bad, rest = [first], deepcopy(dict(keys))
+    while _remove(rest, bad[-1].key.split(".")) and len(bad) < _MOST:
+        try:
+            type_engine_config(rest, where)
+        except type(first) as error:
+            bad.append(error)
+        except ConfigFileError:
+            break
+        else:
+            break
+    unknown = [finding for finding in check_keys(keys, None) if finding.severity is Severity.ERROR]
+    if len(bad) == 1 and not unknown:
+        line = _line(yaml_text, first.key)
+        place = f"{where}, {line}" if line else f"{where}: "
+        return type(first)(f"{place}{first.found}", expected=first.expected, fix=first.fix)
+    lines = [f"{_line(yaml_text, error.key)}{error.found}, expected {error.expected}" for error in bad]
+    lines += [finding.message + (f" ({finding.fix})" if finding.fix else "") for finding in unknown]
+    return ConfigFileError(
+        f"{where} has {len(lines)} values and keys that can't be used:\n    " + "\n    ".join(lines),
+        expected="keys and values of TensorRT-LLM's engine config",
+        fix="correct them there",
+    )
+
+
+def _line(text: str | None, key: str) -> str:
+    number = 0 if text is None else line_of_key(text, key.split("."))
+    return f"line {number}: " if number else ""
+
+
+def _remove(keys: dict[str, Any], path: list[str]) -> bool:
+    """Remove a key; return whether it was there."""
+    for name in path[:-1]:
+        inner = keys.get(name)
+        if not isinstance(inner, dict):
+            return False
+        keys = inner
+    return keys.pop(path[-1], None) is not None

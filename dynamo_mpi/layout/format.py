@@ -8,7 +8,7 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
 
 _GIB = 2**30
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamo_mpi.common.coerce import as_float
 from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.common.light_typing import Any
-from dynamo_mpi.layout.yaml_line import short_line
+from dynamo_mpi.layout.engine_reader import as_float
+from dynamo_mpi.layout.engine_yaml import short_line
 
 _SHOWN = 60
 _SIGNS = "=>:"

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from itertools import islice
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.layout.engine_keys import engine_keys
+from dynamo_mpi.layout.engine_keys import KeyLookup, engine_keys, release
+from dynamo_mpi.layout.engine_yaml import short_line, shortened, whole, yaml_line
 from dynamo_mpi.layout.finding import Finding, Severity
-from dynamo_mpi.layout.key_lookup import KeyLookup, release
-from dynamo_mpi.layout.yaml_line import short_line, shortened, whole, yaml_line
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.engine_keys import Key, RemovedValues, Renamed

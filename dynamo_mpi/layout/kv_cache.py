@@ -15,8 +15,8 @@ from dynamo_mpi.layout.weights import mtp_layer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import AttentionSizes, ModelShape
-    from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.layout.weights import StageWeights
 
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}

@@ -29,10 +29,9 @@ from dynamo_mpi.common.frozen import dataclass, field
 from dynamo_mpi.layout.engine_config import MAX_RANKS, TENSORRT, type_engine_config
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.gpus import find_gpu
-from dynamo_mpi.layout.layout import Cluster, cluster_for
+from dynamo_mpi.layout.layout import ROLES, Cluster, LayoutSpec, cluster_for
 from dynamo_mpi.layout.model_files import ModelFiles, find_draft, find_model
 from dynamo_mpi.layout.report import Report, check_worker
-from dynamo_mpi.layout.spec import ROLES, LayoutSpec
 from dynamo_mpi.layout.staging_room import staging_room
 from dynamo_mpi.layout.trtllm_version import installed_trtllm_version, parse_trtllm_version
 

@@ -26,7 +26,7 @@ from dynamo_mpi.layout.weights import missing_sizes, stage_weights
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.weights import StageWeights
 
 

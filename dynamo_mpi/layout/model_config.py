@@ -8,7 +8,6 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
-from dynamo_mpi.layout.layer_formats import mtp_format, with_formats
 from dynamo_mpi.layout.layer_patterns import count_layers, read_layers
 from dynamo_mpi.layout.model_parts import (
     MAX_HEADS,
@@ -21,7 +20,7 @@ from dynamo_mpi.layout.model_parts import (
 )
 from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, Mixer, ModelShape
 from dynamo_mpi.layout.quantisation import MXFP4, WeightFormat
-from dynamo_mpi.layout.quantisation_config import read_quantisation
+from dynamo_mpi.layout.quantisation_config import mtp_format, read_quantisation, with_formats
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.quantisation import Quantisation

@@ -21,8 +21,8 @@ from dynamo_mpi.layout.weights import stage_weights
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import LayoutSpec
 
 _GIB = 2**30
 _NCCL = int(0.35 * _GIB)

@@ -11,11 +11,10 @@ from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, kv_copi
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_yaml import LAYOUT_KEYS
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.layout import HELIX, Layout, cluster_for
+from dynamo_mpi.layout.layout import HELIX, Layout, LayoutSpec, cluster_for
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
 from dynamo_mpi.layout.rules.pipeline import is_documented_helix
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from dynamo_mpi.layout.rules.registry import all_findings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.staging_room import StagingRoom
 
 # rules about the text of the engine config: if only these are broken, the file is invalid, not the layout
@@ -77,7 +77,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data, in the stable format for scripts."""
-        from dynamo_mpi.layout.legal_sizes import legal_sizes
+        from dynamo_mpi.layout.suggestions import legal_sizes
 
         subject = self.subject
         return {

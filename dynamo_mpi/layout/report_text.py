@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.library import PlanReport
     from dynamo_mpi.layout.memory import MemoryEstimate
     from dynamo_mpi.layout.planner import Plan
     from dynamo_mpi.layout.report import PairReport, Report
-    from dynamo_mpi.layout.spec import LayoutSpec
 
 _ENGINE_CONFIG = "engine.yaml"
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.layout.engine_values import engine_values
+from dynamo_mpi.layout.engine_keys import KeyLookup, release
+from dynamo_mpi.layout.engine_values import describe, engine_values
+from dynamo_mpi.layout.engine_yaml import short_line
 from dynamo_mpi.layout.finding import Finding, Severity
-from dynamo_mpi.layout.key_lookup import KeyLookup, release
-from dynamo_mpi.layout.value_spec import describe
-from dynamo_mpi.layout.yaml_line import short_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from dynamo_mpi.layout.quantisation import MIXED_PRECISION
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import Layer, ModelShape
-    from dynamo_mpi.layout.spec import LayoutSpec
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.model_cards import UnlikeModel, cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
-from dynamo_mpi.layout.spec import ROLES
+from dynamo_mpi.layout.layout import ROLES
 from dynamo_mpi.ops.deployment import NoRunDirError
 
 if TYPE_CHECKING:

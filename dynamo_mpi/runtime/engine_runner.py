@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from dynamo_mpi.common.credentials import clients_environ
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
-from dynamo_mpi.engines.warmup import run_first_completion
+from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.runtime.follower import CONTINUE, abort_if_late, build_engine_shard, encode_error, load_engine_shard
 from dynamo_mpi.runtime.serving import Registration, run, serve
@@ -26,6 +27,48 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.runtime.worker_hooks import WorkerContext
     from dynamo_mpi.supervisor.signals import ShutdownSignals
+
+_TOKENS = 2  # the second is generated from the KV cache that the first one filled
+
+
+def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -> float:
+    """Run one request through a started engine.
+
+    Args:
+        engine: started, with nothing in flight.
+        prompt_token_id: the prompt, one token.
+        timeout: largest duration in seconds.
+
+    Returns:
+        The duration in seconds.
+
+    Raises:
+        EngineError: the engine refused the request, or ended it without tokens.
+        PhaseTimeoutError: the request did not finish in time.
+    """
+    start = time.monotonic()
+    chunks: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
+    request = GenerationRequest("dynamo_mpi-proof", (prompt_token_id,), max_tokens=_TOKENS)
+    try:
+        engine.submit(request, chunks.put)
+    except RequestError as error:
+        raise EngineError(f"the engine refused the first request: {error}") from None
+    generated = 0
+    while True:
+        try:
+            chunk = chunks.get(timeout=max(0.0, start + timeout - time.monotonic()))
+        except queue.Empty:
+            raise PhaseTimeoutError(
+                f"the first completion took more than {timeout:g} s ({generated} of {_TOKENS} tokens came out)",
+                fix="look at the ranks' logs; --warmup-timeout gives it longer",
+            ) from None
+        generated += len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            break
+    if chunk.finish_reason in ("error", "cancelled") or generated == 0:
+        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {generated} tokens")
+    return time.monotonic() - start
+
 
 _CLOSE_SECONDS = 10.0
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, Seeding
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor

@@ -126,7 +126,7 @@ class LeaderHooks(WorkerHooks):
                 "drain": settings.drain_timeout + _END_SECONDS,
             }
         if settings.metrics_file is not None:
-            from dynamo_mpi.telemetry.metrics_file import MetricsFile
+            from dynamo_mpi.telemetry.metrics import MetricsFile
 
             self.add(MetricsFile(settings.metrics_file, self.status.as_metrics_file, self._context.log.warning))
 

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.checks.rank_report import ComparedFile
-    from dynamo_mpi.layout.layout import Place
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec, Place
 
 _MODEL_LABEL = "model config"
 # they are part of the image, like the engine, and compile nothing

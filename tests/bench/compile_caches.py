@@ -28,9 +28,8 @@ from dynamo_mpi.checks.host_facts import HostFacts, collect
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.checks.rank_report import ComparedFile
 from dynamo_mpi.layout.engine_config import EngineConfig
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.mpi.world import World
 from dynamo_mpi.stage.cache_archive import contents_of
 from dynamo_mpi.stage.cache_key import key_of

@@ -23,9 +23,8 @@ from dynamo_mpi.checks.rank_report import ComparedFile
 from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
 from dynamo_mpi.common.own_files import UnsafeFileError
 from dynamo_mpi.layout.engine_config import EngineConfig
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.stage import cache_archive, cache_store
 from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
 from dynamo_mpi.stage.cache_helper import handle

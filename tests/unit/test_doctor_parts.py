@@ -27,7 +27,7 @@ from dynamo_mpi.ops.doctor.fabric import (
     missing_for_ucx,
     read_rdma_ports,
 )
-from dynamo_mpi.ops.doctor.host_facts import Segment, own_segments, unused
+from dynamo_mpi.ops.doctor.host import Segment, own_segments, unused
 from dynamo_mpi.ops.doctor.mpi import loaded_libraries
 from dynamo_mpi.supervisor.leftovers import mapped_path, paths_in_use
 from tests.conftest import ROOT

@@ -10,10 +10,9 @@ import pytest
 from dynamo_mpi.layout.contract import contract_of
 from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, kv_element_bytes, resolve_kv_dtype
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import stage_weights
 from tests.unit.test_weights import shape_of
 

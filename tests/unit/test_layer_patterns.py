@@ -11,11 +11,11 @@ import pytest
 
 from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.errors import ConfigFileError
-from dynamo_mpi.layout.layer_formats import with_formats
 from dynamo_mpi.layout.layer_patterns import read_layers
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
 from dynamo_mpi.layout.quantisation import Quantisation
+from dynamo_mpi.layout.quantisation_config import with_formats
 from tests.unit.model_zoo import ZOO
 
 

@@ -19,13 +19,12 @@ from dynamo_mpi.layout.contract import check_contracts, contract_of
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Finding, Severity, errors
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.report import Report, check_pair, check_worker, exit_code_of
 from dynamo_mpi.layout.report_text import describe_report
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 

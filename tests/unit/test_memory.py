@@ -15,11 +15,10 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.layout.engine_config import EngineConfig, KvCache, Moe, Speculative
 from dynamo_mpi.layout.gpus import GPUS
 from dynamo_mpi.layout.kv_cache import kv_element_bytes
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import ZOO
 from tests.unit.test_weights import FIELDS, shape_of
 

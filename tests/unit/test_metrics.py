@@ -18,8 +18,15 @@ from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.phases import PHASES, PhaseProgress, RankTimings, Span
 from dynamo_mpi.layout.finding import Severity
 from dynamo_mpi.telemetry.health_state import HealthState, metrics_of, world_metrics
-from dynamo_mpi.telemetry.metrics import Metric, Sample, WorldNumbers, describe_progress, metrics_of_world, render
-from dynamo_mpi.telemetry.metrics_file import MetricsFile
+from dynamo_mpi.telemetry.metrics import (
+    Metric,
+    MetricsFile,
+    Sample,
+    WorldNumbers,
+    describe_progress,
+    metrics_of_world,
+    render,
+)
 from tests.conftest import ROOT
 
 # all that UTF-8 can write

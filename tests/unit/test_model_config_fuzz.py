@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.engine_config import EngineConfig
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.report import check_worker
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import texts
 
 MODELS = (

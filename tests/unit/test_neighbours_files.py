@@ -26,7 +26,7 @@ from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController, Step
 from dynamo_mpi.runtime.worker_record import ReadyFile
 from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files
-from dynamo_mpi.telemetry.metrics_file import MetricsFile
+from dynamo_mpi.telemetry.metrics import MetricsFile
 from tests.unit.board import Board
 from tests.unit.model_zoo import ZOO
 from tests.unit.neighbour import NOBODY, as_neighbour, needs_root, within

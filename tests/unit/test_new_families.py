@@ -14,13 +14,12 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.layout.divisibility import legal_tp_sizes
 from dynamo_mpi.layout.engine_config import EngineConfig
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Feed, LayerFormats, ModelShape
 from dynamo_mpi.layout.quantisation import WeightFormat
 from dynamo_mpi.layout.rules.architecture import weight_formats
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import checkpoint_bytes, missing_sizes, total_parameters
 from tests.unit.model_zoo import parsed, texts
 

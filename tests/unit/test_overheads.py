@@ -13,13 +13,12 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.layout.engine_config import type_engine_config
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.memory import estimate, missing_values
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_files import find_draft, find_model
 from dynamo_mpi.layout.model_shape import Encoder, ModelShape
 from dynamo_mpi.layout.overheads import extra_weights
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import parsed, texts
 
 # nvidia/gpt-oss-120b-Eagle3 and its like: one llama layer whose head knows fewer tokens

@@ -18,13 +18,12 @@ from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.engine_yaml import engine_yaml
 from dynamo_mpi.layout.finding import Severity, errors
 from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.planner import Plan, nearest, plan, workable_sizes
 from dynamo_mpi.layout.report import check_worker
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"

@@ -16,7 +16,7 @@ from dynamo_mpi.common.errors import EngineError, PhaseTimeoutError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.engines.warmup import run_first_completion
+from dynamo_mpi.runtime.engine_runner import run_first_completion
 from tests.unit.engines import ScriptedEngine
 
 

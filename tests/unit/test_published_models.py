@@ -22,9 +22,8 @@ import pytest
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.kv_cache import kv_bytes, state_bytes
 from dynamo_mpi.layout.layer_weights import Part, Split, layer_parts
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_shape import ModelShape
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import checkpoint_bytes, checkpoint_parts, missing_sizes, stage_weights, total_parameters
 from tests.unit.model_zoo import parsed
 

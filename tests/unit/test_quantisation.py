@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.errors import ConfigFileError
-from dynamo_mpi.layout.layer_formats import with_formats
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Layer
 from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
-from dynamo_mpi.layout.quantisation_config import read_quantisation
+from dynamo_mpi.layout.quantisation_config import read_quantisation, with_formats
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 

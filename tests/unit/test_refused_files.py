@@ -20,7 +20,7 @@ from dynamo_mpi.runtime import worker_hooks
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks
 from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files, write_failure
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.telemetry.metrics_file import MetricsFile
+from dynamo_mpi.telemetry.metrics import MetricsFile
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 from tests.unit.neighbour import NOBODY, as_neighbour, needs_root
 from tests.unit.test_neighbours_files import Warnings, write_ready_file

@@ -14,11 +14,10 @@ from dynamo_mpi.layout.divisibility import legal_tp_sizes
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.finding import Finding, Severity, errors, render
 from dynamo_mpi.layout.format import counted
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import CompressedAttention, ModelShape
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 LEGAL = {

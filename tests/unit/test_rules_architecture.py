@@ -11,10 +11,9 @@ import pytest
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Finding
 from dynamo_mpi.layout.gpus import GPUS, Gpu
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.rules import architecture
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.conftest import ROOT
 from tests.unit.model_zoo import QUANT_FILES, ZOO

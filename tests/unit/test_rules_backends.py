@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from dynamo_mpi.layout.layout import LayoutSpec
 from dynamo_mpi.layout.rules import backends
 from dynamo_mpi.layout.rules.registry import CONFIG_RULES, layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.test_rules_experts import R1_NVFP4, ranks, subject_of
 
 

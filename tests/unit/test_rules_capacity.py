@@ -10,12 +10,11 @@ import pytest
 
 from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
 from dynamo_mpi.layout.finding import Finding, Severity, errors
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.memory import estimate
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.rules.capacity import RULES, check_capacity
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.test_weights import shape_of
 
 

@@ -15,7 +15,7 @@ from dynamo_mpi.layout.engine_config import EngineConfig, KvCache, Moe
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.gpus import GPUS
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import (
     AttentionSizes,
@@ -30,7 +30,6 @@ from dynamo_mpi.layout.model_shape import (
 )
 from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 from dynamo_mpi.layout.rules import architecture, attention_dp, backends, dense, experts
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import ZOO
 

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
+from dynamo_mpi.layout.layout import Cluster, Layout, LayoutSpec, layout_of
 from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, LayerFormats, ModelShape
 from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, Quantisation, WeightFormat
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 BLOCK = 128

@@ -15,10 +15,9 @@ import pytest
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode
 from dynamo_mpi.engines.trtllm.endings import ChildExitError, innermost_error, ranks_left, why_left
-from dynamo_mpi.engines.trtllm.engine_log import EngineErrors
 from dynamo_mpi.engines.trtllm.flashinfer import claim_workspace
 from dynamo_mpi.engines.trtllm.session import _receive
-from dynamo_mpi.engines.trtllm.task import TaskEnd
+from dynamo_mpi.engines.trtllm.task import EngineErrors, TaskEnd
 from tests.unit.neighbour import NOBODY, needs_root
 
 # workspaces

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.layout.engine_keys import engine_keys
-from dynamo_mpi.layout.engine_values import EngineValues, engine_values
+from dynamo_mpi.layout.engine_values import EngineValues, describe, engine_values, parse_spec
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.key_rules import check_keys
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from dynamo_mpi.layout.value_rules import accepted_texts, check_values
-from dynamo_mpi.layout.value_spec import describe, parse_spec
 from tests.conftest import ROOT
 
 FILE = ROOT / "dynamo_mpi/layout/engine_values.json"

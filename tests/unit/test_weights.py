@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.layout.engine_config import EngineConfig, Moe, Speculative
-from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import (
     Experts,
@@ -25,7 +25,6 @@ from dynamo_mpi.layout.model_shape import (
     StateSpace,
 )
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import missing_sizes, stage_weights, total_parameters
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.layout.yaml_line import LONGEST, short_line, shortened, whole, yaml_line
+from dynamo_mpi.layout.engine_yaml import LONGEST, short_line, shortened, whole, yaml_line
 
 TEXT = st.text(max_size=30) | st.sampled_from(
     ["yes", "Null", "1.0", "0x1F", "~", "<<", "=", "-", "1:30", "_1", "2026-01-31"]

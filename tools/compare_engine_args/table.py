@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.layout.engine_keys import EngineKeys
-from dynamo_mpi.layout.engine_values import EngineValues
-from dynamo_mpi.layout.key_lookup import KeyLookup
-from dynamo_mpi.layout.value_spec import describe, parse_spec
+from dynamo_mpi.layout.engine_keys import EngineKeys, KeyLookup
+from dynamo_mpi.layout.engine_values import EngineValues, describe, parse_spec
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.trtllm_version import TrtllmVersion

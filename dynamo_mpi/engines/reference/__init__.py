@@ -12,6 +12,6 @@ Importing this package imports neither numpy nor MPI, so that `factory` can set 
     transformer    the forward pass; attention: the KV cache; collectives: sums, rows, agreement; sampling: from logits to a token
     shape          sizes of a llama, and each rank's shard; weights: that shard, mapped from the converted file
     convert_gguf   converts a GGUF file to a model directory, once; gguf_model: its content
-    kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker; kv_pull: one pull
-    kv_descriptor  which ranks hold the KV; kv_server, kv_client: over TCP; kv_wire: frames
+    kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker
+    kv_descriptor  which ranks hold the KV; kv_server, kv_client: over TCP, one pull; kv_wire: frames
 """

@@ -20,7 +20,7 @@ from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.attention import KeyValueCache
 from dynamo_mpi.engines.reference.collectives import Consensus
-from dynamo_mpi.engines.reference.kv_client import release
+from dynamo_mpi.engines.reference.kv_client import DONE, PENDING, BackgroundPull, release
 from dynamo_mpi.engines.reference.kv_descriptor import (
     CacheLayout,
     DescriptorError,
@@ -31,7 +31,6 @@ from dynamo_mpi.engines.reference.kv_descriptor import (
     digest_of,
     parse_descriptor,
 )
-from dynamo_mpi.engines.reference.kv_pull import DONE, PENDING, BackgroundPull
 from dynamo_mpi.engines.reference.kv_server import KvServer, StoreFullError
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES, Deadline
 from dynamo_mpi.engines.reference.steps import Abandon, Command, Drop, Keep, Poll, Pull

@@ -6,8 +6,8 @@ Nothing is said where the kind of GPU isn't known. A format that NVIDIA's matrix
 
 from __future__ import annotations
 
-from dynamo_mpi.common.coerce import as_bool
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
+from dynamo_mpi.layout.engine_reader import as_bool
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.gpus import (
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.gpus import Gpu
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import LayoutSpec
 
 _NONE: frozenset[int] = frozenset()
 _HOPPER_UP = HOPPER | BLACKWELL

@@ -1,20 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section B: query heads, KV heads and state heads must divide over the ranks. The engine notices only minutes into the load."""
+"""Section B: query heads, KV heads and state heads must divide over the ranks. The engine notices only minutes into the load.
+And the advice on sizes that all rules about heads share."""
 
 from __future__ import annotations
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.layout.divisibility import kv_copies, kv_heads_fit
+from dynamo_mpi.layout.divisibility import kv_copies, kv_heads_fit, legal_tp_sizes, workable_tp_sizes
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import listed
-from dynamo_mpi.layout.rules import advice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import LayoutSpec
+
+
+def advice_for_heads(subject: LayoutSpec) -> str:
+    """B11: name the sizes that pass all rules about heads."""
+    shape, layout = subject.shape, subject.layout
+    if layout.enable_attention_dp:
+        return "set context_parallel_size to a divisor of the attention heads"
+    legal, workable = legal_tp_sizes(shape, layout.cp_size), workable_tp_sizes(shape, layout.cp_size)
+    if not legal or not workable:
+        return f"no tensor_parallel_size works with context_parallel_size {layout.cp_size}: choose a smaller one"
+    why = "B11" if legal == workable else f"B11: heads alone allow {listed(legal)}"
+    return f"set tensor_parallel_size to one of {listed(workable)} ({why}){_or_attention_dp(subject)}"
+
+
+def advice_for_shares(subject: LayoutSpec, fits: Callable[[int], bool]) -> str:
+    """Name the sizes that pass a rule about the ranks' shares, and those about heads."""
+    legal = [tp for tp in legal_tp_sizes(subject.shape, subject.layout.cp_size) or () if fits(tp)]
+    advice = f"set tensor_parallel_size to one of {listed(legal)}" if legal else "use a smaller tensor_parallel_size"
+    return advice + _or_attention_dp(subject)
+
+
+def _or_attention_dp(subject: LayoutSpec) -> str:
+    possible = subject.layout.cp_size == 1 and subject.shape.experts is not None
+    return ", or enable_attention_dp: true" if possible else ""
+
 
 # classic attention kernels exist for multiples of 8 from 32 to 256 (TensorRT-LLM issues 679, 855)
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 256
@@ -33,7 +58,7 @@ def check_attention_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 f"{count} attention heads can't be divided over {over} = {split}",
                 found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
                 expected=f"num_attention_heads % ({over}) == 0",
-                fix=advice.for_heads(subject),
+                fix=advice_for_heads(subject),
             )
 
 
@@ -54,7 +79,7 @@ def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
                 found=f"{shape.name}: num_key_value_heads {kv_heads}{where}, tp_size {tp_size}",
                 expected=rule,
-                fix=advice.for_heads(subject),
+                fix=advice_for_heads(subject),
             )
         elif (copies := kv_copies(kv_heads, tp_size)) > 1:
             held = "the KV cache" if not where else "the KV cache of these layers"
@@ -80,7 +105,7 @@ def check_cross_attention(subject: LayoutSpec) -> Iterator[Finding]:
             f"{shape.kv_heads} encoder KV heads can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: num_key_value_heads {shape.kv_heads}, tp_size {tp_size}",
             expected="num_key_value_heads % tp_size == 0: cross-attention copies no KV heads",
-            fix=advice.for_heads(subject),
+            fix=advice_for_heads(subject),
         )
 
 
@@ -96,7 +121,7 @@ def check_output_groups(subject: LayoutSpec) -> Iterator[Finding]:
             f"{groups} output groups can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: o_groups {groups}, tp_size {tp_size}",
             expected="o_groups % tp_size == 0",
-            fix=advice.for_heads(subject),
+            fix=advice_for_heads(subject),
         )
     if shape.attention_heads is not None and shape.attention_heads % groups:
         yield error(
@@ -145,7 +170,7 @@ def check_state_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 f"{count} {name} can't be divided over tp_size = {tp_size}{remark}",
                 found=f"{subject.shape.name}: {state.heads} state heads in {state.groups} groups, tp_size {tp_size}",
                 expected=f"state heads, groups and convolution channels that are multiples of {tp_size}",
-                fix=advice.for_heads(subject),
+                fix=advice_for_heads(subject),
             )
             return
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import gib
+from dynamo_mpi.layout.layout import LayoutSpec
 from dynamo_mpi.layout.memory import estimate, missing_values
-from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

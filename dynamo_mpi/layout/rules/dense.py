@@ -21,15 +21,15 @@ from dynamo_mpi.layout.quantisation import (
     NVFP4_BLOCK,
     W4A16_NVFP4,
 )
-from dynamo_mpi.layout.rules import advice
+from dynamo_mpi.layout.rules.attention import advice_for_shares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.layout import LayoutSpec
     from dynamo_mpi.layout.model_shape import ModelShape
     from dynamo_mpi.layout.quantisation import WeightFormat
-    from dynamo_mpi.layout.spec import LayoutSpec
 
     Say = Callable[..., Finding]
 
@@ -114,7 +114,7 @@ def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
         + ("" if quantisation.certain else ", if attention is quantised"),
         found=f"{shape.name}: head_dim {size}, {', '.join(f'{key} {number}' for _, key, number, _ in broken)}, {_over(subject)} {split}",
         expected=f"(heads of a rank x head_dim) % {FP8_BLOCK} == 0, for query and for KV heads",
-        fix=advice.for_shares(subject, lambda tp: _heads_align(shape, tp, layout.cp_size)),
+        fix=advice_for_shares(subject, lambda tp: _heads_align(shape, tp, layout.cp_size)),
     )
 
 
@@ -228,7 +228,7 @@ def _heads_align(shape: ModelShape, tp_size: int, cp_size: int) -> bool:
 
 def _advice(subject: LayoutSpec, width: int, block: int) -> str:
     ranks = subject.layout.cp_size if subject.layout.is_helix else 1
-    return advice.for_shares(subject, lambda tp: tp * ranks == 1 or width % (tp * ranks * block) == 0)
+    return advice_for_shares(subject, lambda tp: tp * ranks == 1 or width % (tp * ranks * block) == 0)
 
 
 RULES = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
 
 # a rank's share of an expert must consist of such blocks; for other formats, of the checkpoint's groups
 _ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK, W4A16_NVFP4: NVFP4_BLOCK}

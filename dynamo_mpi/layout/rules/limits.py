@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
 
 _NEEDS_A_MODEL = ("eagle", "eagle3", "draft_target", "medusa")
 _NEEDS_A_LENGTH = ("eagle", "eagle3", "ngram", "draft_target", "sa")

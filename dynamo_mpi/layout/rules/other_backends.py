@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from math import prod
 
-from dynamo_mpi.common.coerce import as_bool, as_int
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import AUTODEPLOY
+from dynamo_mpi.layout.engine_reader import as_bool, as_int
 from dynamo_mpi.layout.finding import error, info, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
 
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
 _EXPERTS = ("moe_tensor_parallel_size", "moe_expert_parallel_size", "moe_cluster_parallel_size")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.layout.layout import LayoutSpec
 
 # DeepSeek-V3, R1 and V3-Lite
 _HELIX_MODELS = ("DeepseekV3ForCausalLM",)

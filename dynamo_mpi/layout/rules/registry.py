@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import LayoutSpec, Rule
+    from dynamo_mpi.layout.layout import LayoutSpec, Rule
 
 LAYOUT_RULES: tuple[Rule, ...] = (
     *mapping.RULES,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor's checks of this host: shared memory, limits, CPUs, memory, the folder for temporary files."""
+"""Doctor's checks of this host: shared memory with its unused files, limits, CPUs, memory, the folder for temporary files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import resource
 import shlex
 import socket
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files
 from dynamo_mpi.checks.host_facts import HostFacts, room
@@ -19,12 +20,63 @@ from dynamo_mpi.common.cgroup import CgroupLimits, read_limits
 from dynamo_mpi.common.process import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error_or_warning, of_finding, ok, warning
-from dynamo_mpi.ops.doctor.host_facts import Segment, own_segments, unused
 from dynamo_mpi.ops.doctor.staged import check_staged
 from dynamo_mpi.supervisor.leftovers import paths_in_use
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+# no process has a file open for a moment while it is created
+_YOUNG_SECONDS = 60.0
+
+
+class Segment(NamedTuple):
+    """A file of this user in shared memory.
+
+    Args:
+        path: its path.
+        size: its bytes.
+        age: seconds since the last write.
+    """
+
+    path: str
+    size: int
+    age: float
+
+
+def own_segments(folder: str) -> list[Segment]:
+    """Return this user's files in the folder and its subfolders."""
+    now = time.time()
+    found = []
+    for path in _files(folder):
+        try:
+            stat = os.lstat(path)
+        except OSError:
+            continue  # removed since
+        if stat.st_uid == os.getuid():
+            found.append(Segment(path, stat.st_size, max(0.0, now - stat.st_mtime)))
+    return found
+
+
+def unused(segments: Iterable[Segment], in_use: set[str]) -> list[Segment]:
+    """Return the files that no process has mapped or open, the largest first."""
+    left = [one for one in segments if one.path not in in_use and one.age > _YOUNG_SECONDS]
+    return sorted(left, key=lambda one: -one.size)
+
+
+def _files(folder: str) -> Iterable[str]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            try:
+                yield from sorted(one.path for one in os.scandir(entry.path) if one.is_file(follow_symlinks=False))
+            except OSError:
+                continue
+        else:
+            yield entry.path
 
 
 SHM = "/dev/shm"  # noqa: S108 - not a temporary file: the mount that MPI and NCCL use
