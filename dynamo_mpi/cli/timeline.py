@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.own_files import fix_for, write_own
+from dynamo_mpi.common.folder_walk import fix_for
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
 from dynamo_mpi.deploy.run_files import TIMELINES, is_run_dir, open_run_dir
 from dynamo_mpi.ops.deployment import NoRunDirError, select_run_dirs

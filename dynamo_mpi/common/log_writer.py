@@ -11,9 +11,10 @@ import threading
 import time
 
 from dynamo_mpi.common.display import without_controls
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
-from dynamo_mpi.common.own_files import OwnFolder, make_folder, open_own, reason
+from dynamo_mpi.common.own_files import OwnFolder, make_folder, open_own
 from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:

@@ -1,28 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders of this user, in places where others may write too: nothing of theirs is followed, read, waited for or overwritten.
 
-A path is walked from the root, one directory after the other, each by the descriptor of the one before: what is renamed or replaced
-afterwards changes nothing. On the way
-
-- a link is followed only if root or this user has made it;
-- for a run folder (``guarded``), no other user may replace what is there: a directory is root's, this user's, or one that its group shares
-  with this user (group-writable); one that every user may write has the sticky bit, as ``/tmp``;
-- for files with code that this user will run (``sole``), nor may a member of a group: no directory is writable by a group, without the sticky
-  bit. The folder and its files may be root's.
-
-Files are opened without following a link, without waiting (a FIFO never holds the caller), and used only if they are regular and this user's.
-They are replaced atomically: the new content is written under a random name, then renamed.
+A folder's path is walked as `folder_walk` says. Files are opened without following a link, without waiting (a FIFO never holds the caller),
+and used only if they are regular and this user's. They are replaced atomically: the new content is written under a random name, then renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import stat
 
-from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.display import shell_word
+from dynamo_mpi.common.folder_walk import STEP, WRITABLE_BY_OTHERS, UnsafeFileError, open_folder, reason, require_own
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,40 +22,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 8 * 2**20
 """Default size limit of a file that is read."""
-_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_MOST_LINKS = 40
-_MOST_SHOWN = 1000
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_WHOLE_MAP = ["0", "0", "4294967295"]
-
-
-class UnsafeFileError(PermissionError):
-    """Other users have, or may change, a file or folder or the way to it. ``strerror`` says why.
-
-    Args:
-        path: the file or folder.
-        problem: the problem, beginning with a verb: ``is a link``.
-        fix: what the user can do; empty if there is nothing but another path.
-    """
-
-    def __init__(self, path: str, problem: str, fix: str = "") -> None:
-        super().__init__(errno.EPERM, f"{sanitize(path, _MOST_SHOWN)} {problem}")
-        self.fix = fix
-
-
-class ForeignFileError(UnsafeFileError):
-    """A file or folder belongs to another user."""
-
-
-def reason(error: OSError) -> str:
-    """Return why a file or folder can't be used, and what to do if the error says it: for a message without a ``fix`` of its own."""
-    return "; ".join(filter(None, (error.strerror or str(error), fix_for(error, ""))))
-
-
-def fix_for(error: OSError, otherwise: str) -> str:
-    """Return what the user can do, by the error itself if it says it."""
-    return (isinstance(error, UnsafeFileError) and error.fix) or otherwise
 
 
 class OwnFolder:
@@ -87,7 +45,7 @@ class OwnFolder:
         self, path: str | os.PathLike[str], *, guarded: bool = False, create: bool = False, sole: bool = False
     ) -> None:
         self.path, self._sole = os.fspath(path), sole
-        self._descriptor = _walk(self.path, guarded=guarded or sole, create=create, sole=sole)
+        self._descriptor = open_folder(self.path, guarded=guarded or sole, create=create, sole=sole)
 
     @classmethod
     def _of(cls, path: str, descriptor: int) -> OwnFolder:
@@ -128,9 +86,9 @@ class OwnFolder:
         if create:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=self._descriptor)
-        descriptor = os.open(name, _STEP | os.O_DIRECTORY, dir_fd=self._descriptor)
+        descriptor = os.open(name, STEP | os.O_DIRECTORY, dir_fd=self._descriptor)
         try:
-            _require_own(path, os.fstat(descriptor))
+            require_own(path, os.fstat(descriptor))
         except OSError:
             os.close(descriptor)
             raise
@@ -167,8 +125,8 @@ class OwnFolder:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UnsafeFileError(path, "is no regular file")
-            _require_own(path, status, or_root=self._sole)
-            if self._sole and status.st_mode & _WRITABLE_BY_OTHERS:
+            require_own(path, status, or_root=self._sole)
+            if self._sole and status.st_mode & WRITABLE_BY_OTHERS:
                 raise UnsafeFileError(path, "is a file that others can write", f"chmod go-w {shell_word(path)}")
             if flags & os.O_ACCMODE != os.O_RDONLY and status.st_nlink > 1:
                 raise UnsafeFileError(path, "has a second name (hard link)")
@@ -276,114 +234,3 @@ def _parent(path: str | os.PathLike[str]) -> Iterator[tuple[OwnFolder, str]]:
     head, name = os.path.split(os.fspath(path))
     with OwnFolder(head or ".") as folder:
         yield folder, name
-
-
-def _walk(path: str, *, guarded: bool, create: bool, sole: bool = False) -> int:
-    """Return the descriptor of a directory, see `OwnFolder`."""
-    # the current folder may be gone, and an absolute path doesn't need it
-    whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
-    parts = [part for part in whole.split("/") if part][::-1]
-    links, place, here = 0, "/", os.open("/", _STEP | os.O_DIRECTORY)
-    try:
-        while parts:
-            if guarded:
-                _require_guarded(place, os.fstat(here), sole=sole)
-            name = parts.pop()
-            try:
-                # the flag has automounts mounted
-                following = _step(name, here, create=create)
-            except NotADirectoryError:
-                links += 1
-                target = _target(os.path.join(place, name), name, here, links)
-                parts += [part for part in target.split("/") if part][::-1]
-                if not target.startswith("/"):
-                    continue
-                name, following = "/", os.open("/", _STEP | os.O_DIRECTORY)
-            os.close(here)
-            here, place = following, os.path.normpath(os.path.join(place, name))
-        if guarded:
-            _require_private(place, os.fstat(here), or_root=sole)
-    except OSError:
-        os.close(here)
-        raise
-    return here
-
-
-def _step(name: str, parent: int, *, create: bool) -> int:
-    """Open a directory in another one."""
-    try:
-        return os.open(name, _STEP | os.O_DIRECTORY, dir_fd=parent)
-    except FileNotFoundError:
-        if not create:
-            raise
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=parent)
-    return os.open(name, _STEP | os.O_DIRECTORY, dir_fd=parent)
-
-
-def _target(path: str, name: str, parent: int, links: int) -> str:
-    """Return where a link leads."""
-    link = os.open(name, _STEP, dir_fd=parent)
-    try:
-        status = os.fstat(link)
-        if not stat.S_ISLNK(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        if links > _MOST_LINKS:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-        target = os.readlink("", dir_fd=link)
-        if status.st_uid not in _trusted():
-            raise UnsafeFileError(
-                path, f"is a link of user {status.st_uid}", f"name the folder itself: {shell_word(target)}"
-            )
-        return target
-    finally:
-        os.close(link)
-
-
-def _require_own(path: str, status: os.stat_result, *, or_root: bool = False) -> None:
-    if status.st_uid != os.geteuid() and not (or_root and status.st_uid in _trusted()):
-        raise ForeignFileError(path, f"belongs to user {status.st_uid}")
-
-
-def _require_private(path: str, status: os.stat_result, *, or_root: bool) -> None:
-    _require_own(path, status, or_root=or_root)
-    if status.st_mode & _WRITABLE_BY_OTHERS:
-        mode = stat.S_IMODE(status.st_mode)
-        # a folder such as /tmp must stay as it is
-        fix = "name a folder below it" if status.st_mode & stat.S_ISVTX else f"chmod 700 {shell_word(path)}"
-        raise UnsafeFileError(path, f"is a folder that others can write (mode {mode:04o})", fix)
-
-
-def _require_guarded(path: str, status: os.stat_result, *, sole: bool) -> None:
-    """Check a directory on the way to a guarded one."""
-    if sole and status.st_mode & stat.S_IWGRP and not status.st_mode & stat.S_ISVTX:
-        raise UnsafeFileError(path, "can be written by its group", f"chmod g-w {shell_word(path)}")
-    is_shared = not sole and status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
-    if status.st_uid not in _trusted() and not is_shared:
-        # root in a container often works in a mount of a user of the host
-        fix = f"run as that user (docker run --user {status.st_uid}:{status.st_gid}), or name a folder below one of root's"
-        whose = f"belongs to user {status.st_uid}, who can replace what is in it"
-        raise UnsafeFileError(path, whose, "" if os.geteuid() else fix)
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-        raise UnsafeFileError(
-            path,
-            "can be written by every user and has no sticky bit",
-            f"chmod +t {shell_word(path)}, or name another folder",
-        )
-
-
-def _trusted() -> tuple[int, ...]:
-    """Return the users whose links and directories are trusted on the way."""
-    return (0, os.geteuid(), *_outside())
-
-
-@functools.cache
-def _outside() -> tuple[int, ...]:
-    """Return the user who stands for all users outside of this user namespace, root among them: in a rootless container."""
-    with contextlib.suppress(OSError, ValueError):
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            if file.read().split() == _WHOLE_MAP:
-                return ()
-        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
-            return (int(file.read()),)
-    return ()

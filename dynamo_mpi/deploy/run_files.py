@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.credentials import variables_in
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
-from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileError
+from dynamo_mpi.common.folder_walk import ForeignFileError, UnsafeFileError
+from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.deploy.step_commands import SERVICES
 
 if TYPE_CHECKING:

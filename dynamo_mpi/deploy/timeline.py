@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.own_files import fix_for, write_own
+from dynamo_mpi.common.folder_walk import fix_for
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import (
     ENDED,

@@ -121,7 +121,7 @@ def run_follower(
 
 
 def _forward_signal(agent: NodeAgentClient, heartbeat: HeartbeatClient, number: int) -> None:
-    agent.send(f"signalled {number}")
+    agent.note_signal(number)
     heartbeat.forward_signal(number)
 
 

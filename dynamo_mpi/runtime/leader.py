@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.sources import WorkerSources
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
-    from dynamo_mpi.discovery.registration_monitor import InstanceLease
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.signals import ShutdownSignals
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
@@ -120,7 +119,6 @@ class LeaderRank:
             if settings.preflight_only:
                 return self._stop(result.report, result.exit_code)
             self._log.info(result.report)
-            gc.enable()
             if rank0_address is not None:
                 settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:
@@ -156,9 +154,8 @@ class LeaderRank:
         if code is not ExitCode.OK:
             return code
         spec = spec._replace(model_dir=copy or spec.model_dir)
-        worker = WorkerContext(
-            self._context, settings, supervisor, self._hooks, reports, self._instance_lease(settings)
-        )
+        lease = self._hooks.add_instance_lease(settings)
+        worker = WorkerContext(self._context, settings, supervisor, self._hooks, reports, lease)
         if settings.engine == "trtllm":
             exit_code = self._lead_trtllm(worker, inputs, spec.model_dir)
         else:
@@ -255,6 +252,7 @@ class LeaderRank:
 
     def _start_supervisor(self, settings: Settings, reports: Sequence[RankReport], address: str) -> WorldSupervisor:
         """Start the supervisor, which listens at ``address`` or, if that is empty, at the host's own address."""
+        gc.enable()
         from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files
         from dynamo_mpi.supervisor.rendezvous import SupervisorConfig
         from dynamo_mpi.supervisor.supervisor import WorldSupervisor
@@ -262,13 +260,9 @@ class LeaderRank:
         label = _label(settings)
         if problem := remove_stale_failure_files(settings.failure_dir, label):
             self._log.warning(problem)
+        failure_dir, log_dir = str(settings.failure_dir or ""), str(settings.log_dir or "")
         config = SupervisorConfig(
-            settings.liveness_network,
-            settings.heartbeat_timeout,
-            str(settings.failure_dir or ""),
-            label,
-            str(settings.log_dir or ""),
-            address,
+            settings.liveness_network, settings.heartbeat_timeout, failure_dir, label, log_dir, address
         )
         self._supervisor = supervisor = WorldSupervisor(self._context, reports, config, self._hooks)
         self._hooks.add_supervision_hooks(settings, supervisor, self._preflight_seconds)
@@ -294,20 +288,12 @@ class LeaderRank:
         """Handle signals in a thread: from here on the main thread may block in the engine."""
         from dynamo_mpi.supervisor.signals import ShutdownSignals, signals_of
 
-        self._context.agent.uninstall_signal_handlers()
-        launcher = self._context.launch.launcher
-        self._signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
+        agent = self._context.agent
+        agent.uninstall_signal_handlers()
+        self._signals = ShutdownSignals(
+            self._terminate_now, signals_of(self._context.launch.launcher), agent.note_signal
+        )
         return self._signals
-
-    def _note_signal(self, number: int) -> None:
-        self._context.agent.send(f"signalled {number}")
-
-    def _instance_lease(self, settings: Settings) -> InstanceLease:
-        from dynamo_mpi.discovery.registration_monitor import InstanceLease
-
-        instance_lease = InstanceLease(settings.endpoint, clients_environ(), self._hooks.on_registered)
-        self._hooks.add(instance_lease)
-        return instance_lease
 
     def _terminate_now(self, number: int) -> None:
         if self._supervisor is not None:

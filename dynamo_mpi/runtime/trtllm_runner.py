@@ -81,7 +81,7 @@ class TrtllmRunner(WorkerHook):
         self, worker: WorkerContext, gpus_per_node: int, token_id: int, model_dir: str, *, log_probs: bool
     ) -> None:
         self._world, self._phases, self._log = worker.rank.world, worker.rank.phases, worker.rank.log
-        self._settings, self._supervisor = worker.settings, worker.supervisor
+        self._settings, self._supervisor, self._agent = worker.settings, worker.supervisor, worker.rank.agent
         self._gpus_per_node, self._token_id, self._log_probs = gpus_per_node, token_id, log_probs
         self._model_dir = model_dir
         self._instance_lease, self._signals = worker.instance_lease, signals_of(worker.rank.launch.launcher)
@@ -252,7 +252,7 @@ class TrtllmRunner(WorkerHook):
             self._events.put(SignalReceived(signal.SIGUSR2))
 
     def _on_signal(self, number: int) -> None:
-        self._supervisor.note_signal(number)
+        self._agent.note_signal(number)
         if number in DRAIN_SIGNALS and self._serving:
             self._on_time_limit(time_limit_reached(number))
             return

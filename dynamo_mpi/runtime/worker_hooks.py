@@ -164,6 +164,14 @@ class LeaderHooks(WorkerHooks):
         self.add(record_publisher, FailureRecordStore(origin, clients_environ(), lambda: self.leases.record), events)
         return record_publisher
 
+    def add_instance_lease(self, settings: Settings) -> InstanceLease:
+        """Add the lease of Dynamo's instance, which is revoked at a failure."""
+        from dynamo_mpi.discovery.registration_monitor import InstanceLease
+
+        lease = InstanceLease(settings.endpoint, clients_environ(), self.on_registered)
+        self.add(lease)
+        return lease
+
     def add_supervision_hooks(self, settings: Settings, supervisor: WorldSupervisor, preflight_seconds: float) -> None:
         """Add the hooks that show the state of the supervised ranks."""
         from dynamo_mpi.runtime.worker_record import ReadyFile

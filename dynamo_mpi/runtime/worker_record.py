@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
-from dynamo_mpi.common.own_files import reason, remove_own, write_own
+from dynamo_mpi.common.own_files import remove_own, write_own
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.worker_process import process_start
 from dynamo_mpi.discovery.model_cards import PlannedCard

@@ -16,7 +16,7 @@ import tempfile
 import time
 from typing import IO, Any
 
-from dynamo_mpi.common.own_files import UnsafeFileError, reason
+from dynamo_mpi.common.folder_walk import UnsafeFileError, reason
 from dynamo_mpi.common.process import set_process_title
 from dynamo_mpi.stage.cache_archive import ArchiveError, Contents, contents_of, copy_checked, pack, unpack
 from dynamo_mpi.stage.cache_store import Part, look, publish, read_part, write_part

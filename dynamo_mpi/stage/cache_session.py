@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.claimed_folder import ClaimedFolder, claim
-from dynamo_mpi.common.own_files import reason
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.stage.cache_store import Part

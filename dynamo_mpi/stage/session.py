@@ -18,8 +18,8 @@ import time
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, RetryableError
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.host_address import host_address
-from dynamo_mpi.common.own_files import reason
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams

@@ -24,7 +24,8 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.own_files import OwnFolder, reason
+from dynamo_mpi.common.folder_walk import reason
+from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory, is_shared, size_on_disk
 from dynamo_mpi.stage.manifest import Manifest, StageError, has_digests

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import _socket
 import _thread
+import contextlib
 import os
 import signal
 import sys
@@ -157,6 +158,10 @@ class NodeAgentClient:
             self._unsent += line.encode("utf-8", "replace") + b"\n"
             self._flush()
 
+    def note_signal(self, number: int) -> None:
+        """Report that this rank got a signal: if it exits soon, that is not a failure."""
+        self.send(f"signalled {number}")
+
     def publish(self, line: str) -> bool:
         """Let the agent write a report; wait at most 2 s and return whether it did. From any thread but this client's own."""
         if not self.connected:
@@ -196,10 +201,8 @@ class NodeAgentClient:
         try:
             while self._unsent:
                 self._unsent = self._unsent[self._connection.send(self._unsent, _socket.MSG_DONTWAIT) :]
-        except (
-            BlockingIOError
-        ):  # the agent doesn't read now: the rest follows with the next line, and with its next ping
-            return
+        except BlockingIOError:
+            return  # the agent doesn't read now: the rest follows with the next line, and with its next ping
         except OSError:  # it has exited; it still sees our connection close
             self._unsent = b""
 
@@ -225,10 +228,8 @@ class NodeAgentClient:
 
     def _send_listener(self, connection: _socket.socket) -> None:
         ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, self._listener.to_bytes(4, sys.byteorder))]
-        try:
+        with contextlib.suppress(OSError):
             connection.sendmsg([b"listener\n"], ancillary)
-        except OSError:
-            return
 
     # the following methods run in threads
 
@@ -325,17 +326,13 @@ def _on_signal(*_: object) -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.kill(pid, number)
-    except OSError:
-        return
 
 
 def _reap(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.waitpid(pid, 0)
-    except OSError:
-        return
 
 
 def _start(run: Callable[..., object], argument: object) -> bool:
@@ -348,7 +345,5 @@ def _start(run: Callable[..., object], argument: object) -> bool:
 
 def _shut(connection: _socket.socket) -> None:
     """Shut the connection down; the thread notices and closes it."""
-    try:
+    with contextlib.suppress(OSError):
         connection.shutdown(_socket.SHUT_RDWR)
-    except OSError:
-        return

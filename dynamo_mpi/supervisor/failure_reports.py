@@ -97,6 +97,24 @@ def never_connected(seconds: float, rendezvous: Rendezvous) -> DynamoMpiError:
     )
 
 
+def no_verdict(seconds: float) -> DynamoMpiError:
+    """Return the error for a start without a preflight result."""
+    return PhaseTimeoutError(
+        f"no verdict after {seconds:g} s",
+        expected="all ranks of all nodes must start MPI and answer rank 0",
+        fix="look at the ranks and nodes that are missing or differ from the others; --world-timeout sets the time",
+    )
+
+
+def too_late(what: str, seconds: float, flag: str) -> PhaseTimeoutError:
+    """Return the error for what takes longer than its time limit; ``flag`` sets the limit, if there is one."""
+    return PhaseTimeoutError(
+        f"{what} after {seconds:g} s",
+        expected="all ranks must finish in time",
+        fix=f"look at the ranks that differ from the others{f'; {flag} gives it longer' if flag else ''}",
+    )
+
+
 def cannot_listen(address: str, error: OSError) -> DynamoMpiError:
     """Return the error for a rank 0 that can't listen."""
     fixes = {
@@ -143,7 +161,8 @@ def write_failure(
     if not rendezvous.failure_dir:
         return
     # not before a failure: what an agent imports delays its watch
-    from dynamo_mpi.common.own_files import make_folder, reason, write_own
+    from dynamo_mpi.common.folder_walk import reason
+    from dynamo_mpi.common.own_files import make_folder, write_own
 
     content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(rendezvous, failure.rank if by is None else by)
@@ -186,7 +205,8 @@ def remove_stale_failure_files(folder: Path | None, label: str) -> str:
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return f"no failure files: {existing} is no folder that can be written; correct --failure-dir"
-    from dynamo_mpi.common.own_files import OwnFolder, UnsafeFileError, reason
+    from dynamo_mpi.common.folder_walk import UnsafeFileError, reason
+    from dynamo_mpi.common.own_files import OwnFolder
 
     try:
         with OwnFolder(folder) as opened:

@@ -110,6 +110,23 @@ _MPICH_PREFIXES = ("mpich_shm_", "ucx_shm_posix_")
 _PREFIXES = (*_MPICH_PREFIXES, "sm_segment.", "vader_segment.")
 
 
+def clear_after_ranks(segments: frozenset[str], lost_since: float | None, *, mpich: bool) -> None:
+    """Remove what a node's ranks have left, now that all have exited; usually the launcher removes it.
+
+    Args:
+        segments: their shared memory.
+        lost_since: if ranks were lost, when the first of them began, in seconds since 1970.
+        mpich: whether they ran under MPICH.
+    """
+    remove_segments(segments)
+    if lost_since is None:
+        return
+    remove_temporary_folders()
+    if mpich:
+        # of ranks that were killed in MPI_Init, before it was known what they had made
+        remove_segments(unused_segments(lost_since))
+
+
 def segments_of(pid: int) -> frozenset[str]:
     """Return the MPI shared memory files that a process has mapped. Does not raise."""
     mapped = _mapped_files(f"/proc/{pid}", _FOLDER)

@@ -15,7 +15,7 @@ import socket
 import time
 from functools import partial
 
-from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, cast
 from dynamo_mpi.common.process import exit_status
@@ -24,14 +24,8 @@ from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
-from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_ended
-from dynamo_mpi.supervisor.leftovers import (
-    clear_after,
-    remove_segments,
-    remove_temporary_folders,
-    segments_of,
-    unused_segments,
-)
+from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, no_verdict, rank_ended
+from dynamo_mpi.supervisor.leftovers import clear_after, clear_after_ranks, segments_of
 from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -118,24 +112,18 @@ class NodeAgent:
                 self._compensate_stall(now - next_tick)
                 self._check(now)
                 next_tick = time.monotonic() + _TICK_SECONDS
-        # usually the launcher removes them; while a rank runs, they are in use
         if not self._ranks:
-            remove_segments(self._segments)
-            if self._lost_ranks:
-                remove_temporary_folders()
-            if self._launch.launcher in MPICH_LAUNCHERS and self._lost_ranks:
-                # of ranks that were killed in MPI_Init, before it was known what they had made
-                remove_segments(unused_segments(began))
+            lost_since = began if self._lost_ranks else None
+            clear_after_ranks(self._segments, lost_since, mpich=self._launch.launcher in MPICH_LAUNCHERS)
         if self._observer is not None:
             self._observer.on_exit()
         self._writer.finish()
         self._watch.close()
 
     def _is_done(self) -> bool:
-        if time.monotonic() > self._stop_at:
-            return True
-        is_exiting = self._exiting and time.monotonic() < self._exit_deadline
-        return not (self._ranks or is_exiting or self._decide_at < math.inf or self._watch.is_waiting)
+        now = time.monotonic()
+        has_ranks = self._ranks or (self._exiting and now < self._exit_deadline)
+        return now > self._stop_at or not (has_ranks or self._decide_at < math.inf or self._watch.is_waiting)
 
     def _compensate_stall(self, late: float) -> None:
         """If this process was stopped, extend the ranks' timeouts accordingly."""
@@ -170,23 +158,20 @@ class NodeAgent:
     def _observer_of(self, local: LocalRank) -> RankObserver | None:
         return self._observer if local is self._first else None
 
-    def _read(self, local: LocalRank) -> None:
+    def _read(self, local: LocalRank, *, has_exited: bool = False) -> None:
         # the rank was removed earlier in the same round
         if local not in self._ranks:
             return
         lines, is_closed = local.read()
         for line in lines:
             self._handle_message(local, line)
-        if is_closed:
+        if is_closed or has_exited:
             self._on_disconnect(local)
 
     def _on_process_exit(self, local: LocalRank) -> None:
         """Handle the exit of a rank's process."""
-        if local in self._ranks:
-            # first handle the lines that it sent before
-            for line in local.read()[0]:
-                self._handle_message(local, line)
-            self._on_disconnect(local)
+        # first the lines that it sent before
+        self._read(local, has_exited=True)
         self._selector.unregister(cast("int", local.pidfd))
         local.close_process()
         self._exiting.discard(local)
@@ -282,8 +267,7 @@ class NodeAgent:
         return any(local.rank == 0 and local.preflight_done for local in self._ranks)
 
     def _report_disconnected(self) -> None:
-        """Report a rank that exited before the preflight result, unless the launcher is ending all ranks: then all exit at once, or another
-        rank got a signal at the same time."""
+        """Report a rank that exited before the result, unless all exit at once or another got a signal: then the launcher is ending them."""
         first = self._disconnected[0]
         is_ended = self._reported_at < first.last_seen + _SIMULTANEOUS_SECONDS
         if not (is_ended or self._watch.reported) and (len(self._disconnected) == 1 or self._ranks):
@@ -338,11 +322,7 @@ class NodeAgent:
         while time.monotonic() < end and not all(local.stacks for local in ranks):
             for key, _ in self._selector.select(_TICK_SECONDS):
                 key.data()
-        error = PhaseTimeoutError(
-            f"no verdict after {self._world_timeout:g} s",
-            expected="all ranks of all nodes must start MPI and answer rank 0",
-            fix="look at the ranks and nodes that are missing or differ from the others; --world-timeout sets the time",
-        )
+        error = no_verdict(self._world_timeout)
         text = f"{error}\n{describe_missing_ranks(ranks, self._launch)}"
         failure = self._failure(ranks[0], error, DetectedBy.HEARTBEAT)._replace(text=text)
         report = compose_report([ObservedFailure(failure, self._host)], failure.phase)

@@ -32,7 +32,7 @@ from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode_report
-from dynamo_mpi.supervisor.failure_reports import as_document, cannot_listen, write_failure
+from dynamo_mpi.supervisor.failure_reports import as_document, cannot_listen, too_late, write_failure
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.join import MAX_PENDING
@@ -167,10 +167,6 @@ class WorldSupervisor:
         except queue.Empty:
             return None
 
-    def note_signal(self, number: int) -> None:
-        """Report to the node agent that rank 0 got a signal: if it exits soon, that is not a failure."""
-        self._agent.send(f"signalled {number}")
-
     def abort(self, error: BaseException, code: int | None = None) -> NoReturn:
         """End all ranks because of ``error``; of several errors, the root cause is reported. Does not return.
 
@@ -233,13 +229,7 @@ class WorldSupervisor:
             self._server.broadcast(frame)
 
     def _on_deadline(self, seconds: float, what: str, flag: str, code: int | None) -> None:
-        longer = f"; {flag} gives it longer" if flag else ""
-        error = PhaseTimeoutError(
-            f"{what} after {seconds:g} s",
-            expected="all ranks must finish in time",
-            fix=f"look at the ranks that differ from the others{longer}",
-        )
-        self.abort(error, code)  # does not return: `deadline` joins this thread
+        self.abort(too_late(what, seconds, flag), code)  # does not return: `deadline` joins this thread
 
     def _stack_summary(self) -> str:
         locations = "unknown"

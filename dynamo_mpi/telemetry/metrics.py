@@ -9,9 +9,10 @@ import threading
 from collections import Counter
 
 from dynamo_mpi.common.failure import DetectedBy
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
-from dynamo_mpi.common.own_files import reason, write_own
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.common.waiting import start_thread
 from dynamo_mpi.layout.finding import Severity
 

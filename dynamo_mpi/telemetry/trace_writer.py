@@ -9,8 +9,9 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.failure import DetectedBy
+from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.own_files import make_folder, reason, remove_own, write_own
+from dynamo_mpi.common.own_files import make_folder, remove_own, write_own
 from dynamo_mpi.common.redact import safe_first_line
 
 if TYPE_CHECKING:

@@ -20,6 +20,22 @@ ORDER = (
 ENTRY_POINTS = {"__init__", "__main__", "worker", "head_node", "pods"}
 
 
+MOST_LINES, LEAST_LINES = 350, 40
+LONG = {
+    "config/worker_options.py": "a table of options",
+    "runtime/leader.py": "rank 0's life, read from its start to its end",
+}
+SHORT = {
+    "__main__.py": "an entry point",
+    "worker.py": "an entry point",
+    "head_node.py": "an entry point",
+    "pods.py": "an entry point",
+    "runtime/rank_binding.py": "all ranks have it; what it calls is imported only where ranks are bound",
+    "common/codec.py": "every rank imports it before the preflight result",
+    "supervisor/context.py": "every rank imports it before the preflight result",
+}
+
+
 def level(package: str) -> int:
     return len(ORDER) if package in ENTRY_POINTS else ORDER.index(package)
 
@@ -57,6 +73,18 @@ def test_no_package_imports_upward() -> None:
 def test_nothing_imports_an_entry_point() -> None:
     users = [path.name for path in PACKAGE.rglob("*.py") for _, other in imports(path) if other in ENTRY_POINTS]
     assert users == []
+
+
+def test_modules_are_neither_long_nor_short() -> None:
+    sizes = {
+        str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.rglob("*.py")
+    }
+    long = {name: lines for name, lines in sizes.items() if lines > MOST_LINES}
+    short = {name: lines for name, lines in sizes.items() if lines < LEAST_LINES and not name.endswith("__init__.py")}
+    assert {name for name in long if name not in LONG} == set(), "split them, or say the same in fewer lines"
+    assert {name for name in short if name not in SHORT} == set(), "put them to the module of their subject"
+    assert not (LONG.keys() | SHORT.keys()) - sizes.keys(), "they are gone"
 
 
 @pytest.mark.parametrize("package", ["layout", "engines/reference"])

@@ -21,7 +21,7 @@ from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.checks.rank_report import ComparedFile
 from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
-from dynamo_mpi.common.own_files import UnsafeFileError
+from dynamo_mpi.common.folder_walk import UnsafeFileError
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape

@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_mpi.common.ports import listening_at
 from dynamo_mpi.ops.doctor.check import Context, Status
-from dynamo_mpi.ops.doctor.listeners import check_listeners, judge_listeners
+from dynamo_mpi.ops.doctor.ports import check_listeners, judge_listeners
 from dynamo_mpi.ops.listeners import (
     EVERYWHERE,
     LISTENERS,

@@ -10,17 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common import own_files
-from dynamo_mpi.common.own_files import (
-    ForeignFileError,
-    OwnFolder,
-    UnsafeFileError,
-    make_folder,
-    open_own,
-    read_own,
-    remove_own,
-    write_own,
-)
+from dynamo_mpi.common import folder_walk
+from dynamo_mpi.common.folder_walk import ForeignFileError, UnsafeFileError
+from dynamo_mpi.common.own_files import OwnFolder, make_folder, open_own, read_own, remove_own, write_own
 from tests.unit.neighbour import NOBODY, as_neighbour, needs_root
 
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -191,7 +183,7 @@ def test_a_guarded_folder_is_its_users_alone(shared: Path, mode: int, owner: int
 def test_in_a_rootless_container_root_is_unknown(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_in(shared)
     os.chown(shared, NOBODY, NOBODY)
-    monkeypatch.setattr(own_files, "_outside", lambda: (NOBODY,))
+    monkeypatch.setattr(folder_walk, "_outside", lambda: (NOBODY,))
     assert guarded(shared / "run") == []
     os.chown(shared / "run", NOBODY, NOBODY)
     with pytest.raises(ForeignFileError):

@@ -10,15 +10,7 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_reader import as_bool
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import listed
-from dynamo_mpi.layout.gpus import (
-    ADA,
-    AMPERE,
-    BLACKWELL,
-    CONSUMER_BLACKWELL,
-    DATACENTRE_BLACKWELL,
-    GPUS,
-    HOPPER,
-)
+from dynamo_mpi.layout.gpus import ADA, AMPERE, BLACKWELL, CONSUMER_BLACKWELL, DATACENTRE_BLACKWELL, GPUS, HOPPER
 from dynamo_mpi.layout.kv_cache import resolve_kv_dtype
 from dynamo_mpi.layout.model_shape import Feed, Mixer
 from dynamo_mpi.layout.quantisation import NVFP4

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor's checks of the ports that services and workers need, from the kernel's tables; nothing is bound."""
+"""Doctor's checks of the ports that services and workers need, from the kernel's tables, and of what this user's processes
+listen at, by the table of docs/concepts/security.md; nothing is bound."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.ports import holder
 from dynamo_mpi.config.options import resolve
 from dynamo_mpi.deploy.head_node_settings import OPTIONS
+from dynamo_mpi.layout.format import listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, ok, skipped, warning
+from dynamo_mpi.ops.listeners import Found, Reach, find_listeners
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from collections.abc import Iterator, Sequence
 
 SYSTEM_PORT = "DYN_SYSTEM_PORT"
 MAX_SYSTEM_PORT = 65535
@@ -117,3 +119,29 @@ SECTION = Section(
         Probe("ephemeral", check_range),
     ),
 )
+
+
+_SUFFIXES = {Reach.EVERYWHERE: "-all-addresses", Reach.LOOPBACK: "-loopback", Reach.ADDRESS: ""}
+
+
+def check_listeners(_: Context) -> Iterator[Check]:
+    """Report what listens, where, and who can use it."""
+    return judge_listeners(find_listeners())
+
+
+def judge_listeners(found: Sequence[Found]) -> Iterator[Check]:
+    """Yield a check for each kind of process and listener; a warning for one that the table doesn't have."""
+    if not found:
+        yield skipped("listeners", "no process of a deployment of this user's listens on this node")
+    for each in found:
+        id = each.kind.replace(" ", "-").lower() + _SUFFIXES[each.reach]
+        processes = f"process{'es' if len(each.pids) > 1 else ''} {listed([str(pid) for pid in each.pids])}"
+        text = f"{listed(each.places)} ({processes})"
+        if each.rows:
+            yield ok(id, f"{text}: " + "; or ".join(f"{row.what.replace('`', '')}: {row.who}" for row in each.rows))
+        else:
+            needed = "a listener of docs/concepts/security.md"
+            yield warning(id, f"{text}: not known", needed, f"ss -ltnp | grep pid={each.pids[0]}, to see what it is")
+
+
+LISTENERS = Section("listeners", (Probe("listeners", check_listeners),))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.layout.format import counted
-from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, listeners, mpi, packages, ports, services, slurm
+from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports, services, slurm
 from dynamo_mpi.ops.doctor.check import (
     Check,
     Context,
@@ -197,7 +197,7 @@ SECTIONS: tuple[Section, ...] = (
     fabric.SECTION,
     services.SECTION,
     ports.SECTION,
-    listeners.SECTION,
+    ports.LISTENERS,
     host.SECTION,
     environment.SECTION,
 )
