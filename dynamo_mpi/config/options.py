@@ -277,7 +277,7 @@ def read_flags(options: Sequence[Option], words: Sequence[str], others: Sequence
             name, value = constants[word]
         elif flag in values:
             name, value = values[flag], value if equals else next(following, "-")
-            if not equals and value.startswith("-"):
+            if value == "--" or (not equals and value.startswith("-")):
                 return None
         else:
             return None
