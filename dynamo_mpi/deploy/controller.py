@@ -180,8 +180,8 @@ class DeploymentController:
         self._worker_steps.poll()
         self._spares.poll()
         self._replacements.poll()
-        for node, why in self._failures.new_drained().items():
-            self._say(f"warning: {node} is drained ({why}); its worker goes on: dynamo-mpi replace {node} moves it")
+        for line in self._failures.look_at_nodes():
+            self._say(f"warning: {line}")
         self._describe()
 
     def _require_none_lost(self) -> None:

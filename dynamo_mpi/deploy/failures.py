@@ -85,11 +85,25 @@ class FailureHandler:
         """Return the spares that a worker can get, those near a node first."""
         return self.prober.order(self.spares.available, node)
 
-    def new_drained(self) -> dict[str, str]:
-        """Return the nodes that an administrator has begun to drain since the last call, with what Slurm says."""
-        found = {node: why for node, why in self.prober.drained.items() if node not in self._drained}
-        self._drained |= found.keys()
-        return found
+    def look_at_nodes(self) -> list[str]:
+        """Leave out spares that are lost or drained by now; return a warning for each other node that an administrator has begun to drain."""
+        lost, drained = self.prober.lost, self.prober.drained
+        for node in self.spares.available:
+            if why := lost.get(node) or drained.get(node):
+                self.spares.fail(node, why)
+        lines = []
+        for node, why in drained.items():
+            worker = next((each.name for each in self.workers if node in each.nodes), "")
+            if node in self._drained or not (worker or node == self.head):
+                continue
+            self._drained.add(node)
+            if node == self.head:
+                lines.append(
+                    f"{node} is drained ({why}); etcd, NATS and the frontend run there, so it can't be replaced"
+                )
+            else:
+                lines.append(f"{node} is drained ({why}); {worker} goes on: dynamo-mpi replace {node} moves it")
+        return lines
 
     def lost_nodes(self, worker: Worker) -> dict[str, str]:
         """Return those of a worker's nodes that are known to be lost, and why."""

@@ -86,7 +86,7 @@ def test_a_killed_rank_comes_back_in_place_and_a_lost_node_is_replaced(
     found = time.monotonic() - began
     deployment.wait_for_text("n4 takes its place")
     eventually(lambda: deployment.text().count("decode-1: ready") == 2, "it is ready on the spare", 60)
-    assert deployment.text().count("decode-1: 1 rank on n4") == 1
+    assert "decode-1: 1 rank on n4" in deployment.text()
     # SlurmdTimeout is far away
     assert found < 20
     assert answer(deployment) == "The capital of France is Paris."

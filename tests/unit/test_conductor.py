@@ -555,11 +555,18 @@ def test_a_lost_node_s_launcher_is_not_waited_for(run: Run) -> None:
     assert time.monotonic() < began + 20
 
 
-def test_a_drained_node_is_told_once_and_its_worker_goes_on(run: Run) -> None:
-    watch = watch_of("head=ALLOCATED m=ALLOCATED n=ALLOCATED+DRAIN")
-    code, said = run(READY, raise_signal(signal.SIGTERM), 3, workers=APART, watch=watch, spares=("s1",))
-    assert (code, said.count("warning: n is drained (Slurm says drain); its worker goes on")) == (143, 1)
+def test_a_drained_node_is_reported_once_and_its_worker_goes_on(run: Run) -> None:
+    watch = watch_of("head=ALLOCATED+DRAIN m=ALLOCATED n=ALLOCATED+DRAIN s1=ALLOCATED+DRAIN s2=DOWN")
+    code, said = run(READY, raise_signal(signal.SIGTERM), 3, workers=APART, watch=watch, spares=("s1", "s2", "s3"))
+    assert (code, said.count("warning: n is drained (Slurm says drain); decode-0 goes on: dynamo-mpi replace n")) == (
+        143,
+        1,
+    )
+    assert said.count("warning: head is drained (Slurm says drain); etcd, NATS and the frontend run there") == 1
     assert said.count("decode-0: 1 rank") == 1
+    assert "the spare node s1 is left out: Slurm says drain" in said
+    assert "the spare node s2 is left out: Slurm says down" in said
+    assert said.rstrip().endswith("--exclude=s1,s2")
 
 
 WITH_FRONTEND = Steps.services.replace('"url": ""', '"url": "http://h:1"')
