@@ -15,7 +15,7 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.waiting import ReminderSchedule
-from dynamo_mpi.deploy.description import describe_deployment
+from dynamo_mpi.deploy.description import DeploymentDescription
 from dynamo_mpi.deploy.excluded import describe_excluded
 from dynamo_mpi.deploy.failures import FailureHandler
 from dynamo_mpi.deploy.first_steps import REMINDER_SECONDS, FirstSteps
@@ -115,6 +115,7 @@ class DeploymentController:
         self._worker_steps = WorkerSet(
             self._failures, builder, step_controller, self._run_dir, self._say, self._milestones
         )
+        self._description = DeploymentDescription(settings, builder, self._failures, self._worker_steps)
         self._replacements = Replacements(
             self._failures, self._worker_steps, self._run_dir, self._say, settings.stop_timeout
         )
@@ -242,10 +243,7 @@ class DeploymentController:
 
     def _describe(self) -> None:
         """Write what runs, if that has changed."""
-        now = {
-            **describe_deployment(self._settings, self._builder, self._failures, self._worker_steps, self._url),
-            "replacements": self._replacements.describe(),
-        }
+        now = {**self._description.content(self._url), "replacements": self._replacements.describe()}
         if now != self._described:
             self._described = now
             self._run_dir.describe(now)

@@ -153,7 +153,10 @@ class FailureHandler:
         del self._inquiries[worker.name]
         self._leave_out_spares(health)
         before = tuple(other for other in self._events if other is not event)
-        spares = self.spares.available
+        # whoever was blamed: a bad node is the cause
+        bad = next((each.node for each in health if each.problem and each.node in worker.nodes), event.host)
+        event = replace(event, host=bad)
+        spares = self.nearest_spares(bad)
         case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced
