@@ -8,6 +8,7 @@ polls; a blocking MPI call would use a core while it waits.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import time
 
@@ -15,6 +16,8 @@ from dynamo_mpi.common.errors import LaunchError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mpi4py import MPI
 
 _HEAD = 1024
@@ -137,7 +140,8 @@ def init_mpi(*, alone: bool = False, size: int = 0, local_size: int | None = Non
         # Open MPI's ranks poll while they wait; each would keep others from computing until the system's scheduler interrupts it
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     if not MPI.Is_initialized():
-        start_mpi()
+        with _own_session_folder() if alone else contextlib.nullcontext():
+            start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise LaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
@@ -145,6 +149,37 @@ def init_mpi(*, alone: bool = False, size: int = 0, local_size: int | None = Non
             fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
         )
     return World(MPI.COMM_WORLD.Dup())
+
+
+@contextlib.contextmanager
+def _own_session_folder() -> Iterator[None]:
+    """Give Open MPI a temporary folder of its own while it starts, and remove it: without a launcher it leaves an ``ompi.HOST.UID`` there,
+    with one more empty folder for each start (Open MPI 5.0.11), and uses it for shared memory alone, which such a rank doesn't have."""
+    usual = os.environ.get("TMPDIR")
+    # where Open MPI looks, in its order
+    parent = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "/tmp")  # noqa: S108 - mkdir refuses what exists
+    folder = os.path.join(parent, f"dynamo-mpi-start-{os.getpid()}")
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError:
+        yield
+        return
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if usual is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = usual
+        for below, folders, files in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):
+                for name in files:
+                    os.unlink(os.path.join(below, name))
+                for name in folders:
+                    os.rmdir(os.path.join(below, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def start_mpi() -> None:
