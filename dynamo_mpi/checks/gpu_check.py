@@ -27,7 +27,7 @@ from dynamo_mpi.checks.hardware import WAIT_SHARE, CheckContext, CheckResult, Ev
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, Requirements, lines
 from dynamo_mpi.layout.finding import Finding, error, warning
-from dynamo_mpi.layout.format import listed
+from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.mpi.placement import describe_ranks
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResul
     rows = [HealthRow(place.host, health) for place, health in zip(case.ranks, gpus, strict=True)]
     findings = [*check_health(rows), *check_busy(_host_rows(rows), Requirements(case.weights))]
     waited = max((health.waited for health in gpus), default=0.0)
-    line = f"gpu: {sum(not health.problem for health in gpus)} of {len(gpus)} GPUs read"
+    line = f"gpu: {sum(not health.problem for health in gpus)} of {counted(len(gpus), 'GPU')} read"
     line += f", waited {waited:.1f} s for memory" if waited >= 1 else ""
     return CheckResult(tuple(findings), figures_of(gpus), line)
 

@@ -215,7 +215,11 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
             else:
                 problems.append(f"GPU {index}: {_describe(error)}")
     if hidden and not gpus:
-        problems.append(f"no permission to use any of {hidden} GPUs: the job has none, or its cgroup hides them")
+        from dynamo_mpi.layout.format import counted
+
+        problems.append(
+            f"no permission to use any of {counted(hidden, 'GPU')}: the job has none, or its cgroup hides them"
+        )
     return tuple(gpus), "; ".join(problems)
 
 

@@ -59,8 +59,9 @@ def _why_blind(row: RankFacts) -> str:
     said = row.facts.variable("CUDA_VISIBLE_DEVICES")
     if not row.gpus.gpus or said is None:
         return "NVML shows no GPU"
+    count = len(row.gpus.gpus)
     return (
-        f"CUDA_VISIBLE_DEVICES={said!r} hides all {len(row.gpus.gpus)} GPUs"
+        f"CUDA_VISIBLE_DEVICES={said!r} hides {'the only GPU' if count == 1 else f'all {count} GPUs'}"
         if said
         else "CUDA_VISIBLE_DEVICES is empty"
     )
@@ -128,7 +129,7 @@ def _spare_gpus(rows: Sequence[RankFacts]) -> Iterator[Finding]:
         if visible > len(some) and (visible < there or (astray and len(nodes) > 1)):
             yield warning(
                 "K9",
-                f"each rank sees {visible} GPUs, but only {len(some)} ranks are on a node",
+                f"each rank sees {visible} GPUs, but a node has only {counted(len(some), 'rank')}",
                 found=f"{where(some, rows)}: {visible} of {counted(there, 'GPU')} visible; "
                 f"rank {some[0].rank} takes number {some[0].rank % visible}",
                 expected="as many visible GPUs as ranks on each node: a rank takes GPU rank % visible, whatever its place on the node",

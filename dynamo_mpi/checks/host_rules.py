@@ -205,7 +205,7 @@ def check_threads(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             values.append(fits)
         elif total > cpus and total > len(some):
             crowded.append(
-                f"{host}: {len(some)} ranks x {max(count or 0 for count in asked.values())} threads on {cpus} CPUs"
+                f"{host}: {counted(len(some), 'rank')} x {max(count or 0 for count in asked.values())} threads on {counted(cpus, 'CPU')}"
             )
             values.append(fits)
     if unset:

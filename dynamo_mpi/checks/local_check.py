@@ -18,6 +18,7 @@ from dynamo_mpi.checks.gpu_rules import kind_of
 from dynamo_mpi.checks.hardware import NODE, CheckResult, EvaluationInput, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_fabric import CheckProcess, EndedError, LateError, read_results
 from dynamo_mpi.common.process import host_name
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ def check_this_host(environ: Mapping[str, str] | None = None, seconds: float = 3
     usable = len(visible_gpus([one.facts for one in gpus if not one.problem], environ))
     findings = check_health([HealthRow(host, health) for health in gpus])
     figures: dict[str, Any] = {"gpu": figures_of(gpus)}
-    lines = [f"gpu: {sum(not health.problem for health in gpus)} of {len(gpus)} GPUs read"]
+    lines = [f"gpu: {sum(not health.problem for health in gpus)} of {counted(len(gpus), 'GPU')} read"]
     if usable > 1:
         fabric = _fabric(gpus, usable, environ, host, seconds, figures)
         figures["fabric"] = dict(fabric.figures)

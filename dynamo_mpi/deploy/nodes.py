@@ -14,6 +14,7 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.deploy.hostlist import expand
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -62,7 +63,7 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
         )
         raise UsageError(
             "this is no Slurm allocation: SLURM_JOB_ID isn't set",
-            expected=f"a shell or a batch script with {wanted} nodes",
+            expected=f"a shell or a batch script with {counted(wanted, 'node')}",
             fix=f"salloc --nodes={wanted} --exclusive --gpus-per-node={gpus_per_node}{more}, and this command in its "
             "shell; or sbatch scripts/sbatch_disaggregated.sh",
         )
@@ -254,14 +255,14 @@ def assign(settings: LaunchSettings, nodes: Nodes, excluded: Collection[str] = (
             for _, count, workers in [settings.of(role)]
         )
         if settings.spare_nodes:
-            listed += f", {settings.spare_nodes} spare node{'s' if settings.spare_nodes > 1 else ''}"
+            listed += f", {counted(settings.spare_nodes, 'spare node')}"
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
         where = "the list of nodes" if nodes.job_id == STAND_IN_JOB else where
         where, more = ("--nodes", "more nodes in --nodes") if nodes.chosen else (where, "a larger allocation")
         without = f", without the excluded {', '.join(excluded)}" if len(names) < len(nodes.names) else ""
         raise UsageError(
-            f"{listed}: that takes {wanted} nodes, and {where} has {len(names)} ({', '.join(names)}){without}",
-            expected=f"at least {wanted} nodes",
+            f"{listed}: that takes {counted(wanted, 'node')}, and {where} has {len(names)} ({', '.join(names)}){without}",
+            expected=f"at least {counted(wanted, 'node')}",
             fix=f"{more}, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
         )
     # all that is left over, where the user gave more nodes, stays as it was: unused

@@ -281,7 +281,8 @@ def all_bad_values(first: BadValueError, keys: Mapping[str, Any], where: str, ya
     lines = [f"{_line(yaml_text, error.key)}{error.found}, expected {error.expected}" for error in bad]
     lines += [finding.message + (f" ({finding.fix})" if finding.fix else "") for finding in unknown]
     return ConfigFileError(
-        f"{where} has {len(lines)} values and keys that can't be used:\n    " + "\n    ".join(lines),
+        f"{where} has {'a key' if len(lines) == 1 else f'{len(lines)} values and keys'} that can't be used:\n    "
+        + "\n    ".join(lines),
         expected="keys and values of TensorRT-LLM's engine config",
         fix="correct them there",
     )

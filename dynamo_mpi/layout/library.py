@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`check` and `plan` as functions, for programs that write or judge recipes. ``dynamo-mpi check`` and ``plan`` are made of them.
 
-    from dynamo_mpi.layout import Worker, check
+    from dynamo_mpi.layout.format import counted
+from dynamo_mpi.layout import Worker, check
 
     report = check("DeepSeek-R1/config.json", "decode.yaml", Worker(nodes=2, gpus_per_node=8, gpu="h200", role="decode"))
     for finding in report.findings: ...

@@ -197,7 +197,9 @@ def _with_what_was_meant(finding: Finding, report: Report) -> Finding:
     if finding.rule != "A2" or not wider:
         return finding
     shapes, ranks = other_shapes(wider), layout.moe_world_size
-    return replace(finding, fix=f"on {shapes}; on these {ranks} ranks {finding.fix}")
+    return replace(
+        finding, fix=f"on {shapes}; on {'this rank' if ranks == 1 else f'these {ranks} ranks'} {finding.fix}"
+    )
 
 
 def check_pair(prefill: Report, decode: Report) -> PairReport:

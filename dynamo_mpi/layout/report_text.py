@@ -177,7 +177,7 @@ def memory_line(memory: MemoryEstimate) -> str:
     if memory.tokens is not None and memory.fits:
         room = f"room for {'at most' if memory.at_least else 'about'} {memory.tokens:,} tokens"
         if memory.full_length_requests is not None:
-            room += f" ({memory.full_length_requests} requests of {memory.length})"
+            room += f" ({counted(memory.full_length_requests, 'request')} of {memory.length})"
         parts.append(room + (f" on each of {memory.dp_size} ranks" if memory.dp_size > 1 else ""))
     where = f" on {memory.gpu}" if memory.gpu else ""
     unknown = f"; not counted: {', '.join(memory.at_least)}" if memory.at_least else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, legal_tp_sizes
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.format import counted, short_name
 from dynamo_mpi.layout.layout import HELIX, Cluster
 from dynamo_mpi.layout.memory import estimate
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
@@ -65,7 +65,7 @@ def other_shapes(subjects: list[LayoutSpec]) -> str:
     by_world: dict[int, list[str]] = {}
     for subject in subjects:
         by_world.setdefault(subject.layout.world_size, []).append(short_name(subject))
-    return "; on ".join(f"{world} ranks: {', or '.join(names)}" for world, names in by_world.items())
+    return "; on ".join(f"{counted(world, 'rank')}: {', or '.join(names)}" for world, names in by_world.items())
 
 
 def suggestions(subject: LayoutSpec, count: int = 3) -> list[LayoutSpec]:

@@ -21,6 +21,7 @@ from enum import Enum
 
 from dynamo_mpi.common.errors import LaunchError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -299,7 +300,7 @@ def check_world_size(launch: LaunchInfo, library: MpiLibrary, world_size: int) -
             Launcher.HYDRA: "PMI_SIZE",
         }.get(launch.launcher, "SLURM_NTASKS")
         raise LaunchError(
-            f"{launch.launcher.value} started {launch.size} ranks ({variable}={launch.size}), "
+            f"{launch.launcher.value} started {counted(launch.size, 'rank')} ({variable}={launch.size}), "
             f"but MPI formed a world of {world_size} ({library.version})",
             expected="an MPI library that understands its launcher",
             fix="use the launcher that belongs to mpi4py's library, or `srun --mpi=pmix` with an Open MPI built with PMIx",

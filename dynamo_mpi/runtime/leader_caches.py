@@ -10,6 +10,7 @@ import time
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.engines.spec import COMPILING
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -195,7 +196,7 @@ class LeaderCaches(WorkerHook):
         if plan is None:
             return
         if seeding.seeded:
-            size = f"{seeding.files} files a rank, {seeding.size / 2**20:.1f} MiB in all"
+            size = f"{counted(seeding.files, 'file')} a rank, {seeding.size / 2**20:.1f} MiB in all"
             self._log.info(f"caches: seeded from {plan.source}: {size}, {seeding.seconds:.1f} s", {"phase": "stage"})
         elif not plan.parts:
             self._log.info(

@@ -19,6 +19,7 @@ from dynamo_mpi.common.credentials import export_secrets
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.discovery.registration_monitor import lease_error
+from dynamo_mpi.layout.format import counted
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors, runtime_error
 
@@ -188,7 +189,7 @@ async def serve(
         how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
         if loss is not None:
             how = "this worker's lease is lost"
-        log.info(f"drain: {how}, {handler.in_flight} requests in flight")
+        log.info(f"drain: {how}, {counted(handler.in_flight, 'request')} in flight")
         await asyncio.sleep(_PROPAGATION_SECONDS)
         drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
         await _first_of(drained, failed)

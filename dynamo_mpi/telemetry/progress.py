@@ -57,7 +57,8 @@ def describe(progress: PhaseProgress, *, parts_seen: bool) -> str:
     text = f"{progress.phase} {progress.seconds:.0f} s"
     if progress.read is None or progress.slowest_read is None:
         return f"{text}; dynamo.trtllm does not report the progress of each rank"
-    return f"{text}, {progress.ranks} ranks have read {size(progress.read)}, the least {where}: {size(progress.slowest_read)}"
+    who = "the rank has" if progress.ranks == 1 else f"{progress.ranks} ranks have"
+    return f"{text}, {who} read {size(progress.read)}, the least {where}: {size(progress.slowest_read)}"
 
 
 def facts(progress: PhaseProgress) -> dict[str, Fact]:

@@ -130,7 +130,7 @@ def test_a_second_one_while_it_drains_ends_it_now(
         pids = victims(by_rank(worker), case.to)
         for pid in pids:
             os.kill(pid, case.numbers[0])
-        eventually(lambda: "1 requests in flight" in worker.text(), worker.text())
+        eventually(lambda: "1 request in flight" in worker.text(), worker.text())
         time.sleep(1.2)  # within a second it would be the same signal, delivered twice
         assert worker.process.poll() is None, worker.text()
         begin = time.monotonic()

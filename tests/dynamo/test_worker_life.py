@@ -76,7 +76,7 @@ def test_sigterm_drains_deregisters_and_ends_with_zero(
         assert ends == ["length"], f"{last}\n{worker.text()}"
         assert worker.wait() == 0, worker.text()
     assert not worker.ready_file.exists()
-    assert "drain: deregistered, 1 requests in flight" in worker.text()
+    assert "drain: deregistered, 1 request in flight" in worker.text()
 
 
 @pytest.mark.full

@@ -104,7 +104,7 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
         answer = answer_of(asking, 90)
         assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 60), answer
     assert worker.wait() == 0, worker.text()
-    assert "drain: deregistered, 1 requests in flight" in worker.text()
+    assert "drain: deregistered, 1 request in flight" in worker.text()
     assert not worker.ready_file.exists()
     assert worker.ranks() == {}
 

@@ -307,8 +307,8 @@ def test_an_engine_that_is_not_started_takes_no_request(own_engine: ReferenceEng
 @pytest.mark.parametrize(
     ("settings", "kind", "complaint"),
     [
-        ({"tp_size": 3}, LayoutError, "has 1 ranks; tensor_parallel_size is 3, pipeline_parallel_size 1"),
-        ({"pp_size": 2}, LayoutError, "has 1 ranks; tensor_parallel_size is 1, pipeline_parallel_size 2"),
+        ({"tp_size": 3}, LayoutError, "has 1 rank; tensor_parallel_size is 3, pipeline_parallel_size 1"),
+        ({"pp_size": 2}, LayoutError, "has 1 rank; tensor_parallel_size is 1, pipeline_parallel_size 2"),
         ({"cp_size": 2}, LayoutError, "context_parallel_size is 2"),
         ({"max_batch_size": 0}, ConfigFileError, "max_batch_size is 0"),
         (

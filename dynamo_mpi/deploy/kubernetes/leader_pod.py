@@ -21,6 +21,7 @@ from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
 from dynamo_mpi.deploy.launchers import UNBOUND, folder_environment
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -139,7 +140,7 @@ class LeaderPod:
             *("--leave-session-attached", "--hostfile", str(hostfile), "--map-by", "slot"),
             *("-n", str(ranks * len(hosts)), *self._settings.command),
         )
-        self._print(f"{ranks * len(hosts)} ranks on {', '.join(hosts)}")
+        self._print(f"{counted(ranks * len(hosts), 'rank')} on {', '.join(hosts)}")
         try:
             self._mpirun = await asyncio.create_subprocess_exec(
                 *words, env=mpirun_environment(os.environ, self._folder), start_new_session=True

@@ -26,6 +26,7 @@ from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
 from dynamo_mpi.engines.reference.steps import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
+from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -59,9 +60,9 @@ class ReferenceEngine:
         self._rank, size = (0, 1) if comm is None else (comm.Get_rank(), comm.Get_size())
         if size != config.tp_size * config.pp_size:
             raise LayoutError(
-                f"the engine has {size} ranks; tensor_parallel_size is {config.tp_size}, pipeline_parallel_size {config.pp_size}",
+                f"the engine has {counted(size, 'rank')}; tensor_parallel_size is {config.tp_size}, pipeline_parallel_size {config.pp_size}",
                 expected="as many ranks as the product of the two",
-                fix=f"start {config.tp_size * config.pp_size} ranks, or change the sizes in the engine config",
+                fix=f"start {counted(config.tp_size * config.pp_size, 'rank')}, or change the sizes in the engine config",
             )
         self._loaded: Loaded | None = None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dynamo_mpi.common.errors import LayoutError
 from dynamo_mpi.layout.divisibility import head_divisors
+from dynamo_mpi.layout.format import counted
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def stage_of(layers: int, rank: int, tp_size: int, pp_size: int) -> Stage:
     """
     if layers < pp_size:
         raise LayoutError(
-            f"{layers} layers are not enough for pipeline_parallel_size {pp_size}",
+            f"pipeline_parallel_size {pp_size} is more than the model's {counted(layers, 'layer')}",
             expected=f"pipeline_parallel_size of at most {layers}",
             fix="lower pipeline_parallel_size in the engine config and start fewer ranks",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, info, warning
-from dynamo_mpi.layout.format import gib
+from dynamo_mpi.layout.format import counted, gib
 from dynamo_mpi.layout.layout import LayoutSpec
 from dynamo_mpi.layout.memory import estimate, missing_values
 
@@ -98,7 +98,7 @@ def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> 
     requests = found.full_length_requests
     if requests is not None and requests < min_requests:
         short = (
-            f"only {requests} requests of {found.length} tokens fit"
+            f"only {counted(requests, 'request')} of {found.length} tokens {'fits' if requests == 1 else 'fit'}"
             if requests
             else f"not one request of {found.length} tokens fits"
         )
@@ -109,7 +109,7 @@ def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> 
             expected=f"room for {min_requests} x {found.length} tokens",
             fix=f"set max_seq_len to at most {_longest(subject, found, min_requests)}, or {_cache_advice(subject)}",
         )
-    amount = "" if requests is None else f", {requests} requests of {found.length}"
+    amount = "" if requests is None else f", {counted(requests, 'request')} of {found.length}"
     return info("J", f"room for{most} {found.tokens} tokens{amount}{each}", found=detail)
 
 

@@ -11,6 +11,7 @@ from dynamo_mpi.layout.engine_config import (
 )
 from dynamo_mpi.layout.engine_keys import engine_keys
 from dynamo_mpi.layout.finding import error, info, warning
+from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
         say = info if subject.config.max_batch_size is None else warning
         yield say(
             "H2",
-            f"a step of {tokens} tokens can't hold {batch} requests",
+            f"a step of {counted(tokens, 'token')} can't hold {batch} requests",
             found=f"max_batch_size {batch}, max_num_tokens {tokens}",
             expected="max_batch_size <= max_num_tokens",
             fix=f"set max_batch_size to {tokens} or less, or raise max_num_tokens",

@@ -27,7 +27,7 @@ def check_world_size(subject: LayoutSpec) -> Iterator[Finding]:
     if not subject.launched and subject.cluster.nodes == 1 and layout.world_size < started:
         yield info(
             "A1",
-            f"the layout takes {layout.world_size} of the node's {started} GPUs",
+            f"the layout takes {layout.world_size} of the node's {counted(started, 'GPU')}",
             fix=f"start {counted(layout.world_size, 'rank')}",
         )
         return
@@ -70,9 +70,7 @@ def check_moe_product(subject: LayoutSpec) -> Iterator[Finding]:
         if size != 1 or set_by is None
     ]
     if layout.moe_ep_size > layout.moe_world_size:
-        message = (
-            f"ep_size {layout.moe_ep_size} is more than the {layout.moe_world_size} ranks that experts are divided over"
-        )
+        message = f"ep_size {layout.moe_ep_size} is more than the {counted(layout.moe_world_size, 'rank')} that experts are divided over"
         because = f"; expert parallelism shares out the ranks of {over}, it adds none"
     else:
         message = f"experts can't be divided: {' x '.join(given)} is {product}, not {layout.moe_world_size}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, info, warning
-from dynamo_mpi.layout.format import listed
+from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.layout.gpus import DATACENTRE_BLACKWELL, GPUS
 from dynamo_mpi.layout.kv_cache import tokens_per_block
 from dynamo_mpi.layout.quantisation import NVFP4
@@ -26,7 +26,7 @@ def check_layers(subject: LayoutSpec) -> Iterator[Finding]:
     if count is not None and count < stages:
         yield error(
             "F3",
-            f"{count} layers are not enough for pp_size = {stages}",
+            f"pp_size = {stages} is more than the model's {counted(count, 'layer')}",
             found=f"{subject.shape.name}: num_hidden_layers {count}, pp_size {stages}",
             expected="num_hidden_layers >= pp_size",
             fix=f"set pipeline_parallel_size to {count} or less",

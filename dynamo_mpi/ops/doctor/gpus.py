@@ -186,7 +186,7 @@ def judge_links(health: Sequence[GpuHealth]) -> Check:
             needed,
             "nvidia-smi nvlink --status; on NVSwitch systems the fabric manager has to run",
         )
-    return ok("nvlink", f"{sum(one.links_up for one in linked)} links up")
+    return ok("nvlink", f"{counted(sum(one.links_up for one in linked), 'link')} up")
 
 
 def judge_ecc(health: Sequence[GpuHealth]) -> Check:

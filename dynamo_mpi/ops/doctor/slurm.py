@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.layout.format import counted
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, Status, error, ok, skipped, warning
@@ -175,14 +176,18 @@ def check_job(context: Context) -> Iterator[Check]:
 def describe_job(environ: Mapping[str, str]) -> str:
     """Describe the resources of the job, and of the step."""
     nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES", "?")
-    text = f"job {environ['SLURM_JOB_ID']}: {nodes} nodes ({environ.get('SLURM_JOB_NODELIST', '?')})"
+    text = f"job {environ['SLURM_JOB_ID']}: {_counted(nodes, 'node')} ({environ.get('SLURM_JOB_NODELIST', '?')})"
     if tasks := environ.get("SLURM_NTASKS"):
-        text += f", {tasks} tasks"
+        text += f", {_counted(tasks, 'task')}"
     if gpus := environ.get("SLURM_GPUS_ON_NODE"):
-        text += f", {gpus} GPUs on this node"
+        text += f", {_counted(gpus, 'GPU')} on this node"
     if step := environ.get("SLURM_STEP_ID"):
         text += f"; in step {step} on {environ.get('SLURM_STEP_NODELIST', '?')}"
     return text
+
+
+def _counted(number: str, noun: str) -> str:
+    return counted(int(number), noun) if number.isdecimal() else f"{number} {noun}s"
 
 
 def judge_time_left(seconds: int) -> Check:
@@ -191,11 +196,11 @@ def judge_time_left(seconds: int) -> Check:
     if seconds < _SHORT_SECONDS:
         return warning(
             "time-left",
-            f"{minutes} minutes",
+            counted(minutes, "minute"),
             "time for the load, and for an orderly end",
             "a new job, or scontrol update TimeLimit=",
         )
-    return ok("time-left", f"{minutes} minutes" if minutes < 600 else f"{minutes // 60} hours")
+    return ok("time-left", counted(minutes, "minute") if minutes < 600 else counted(minutes // 60, "hour"))
 
 
 def judge_step_nodes(environ: Mapping[str, str], launcher: Launcher) -> Check | None:
