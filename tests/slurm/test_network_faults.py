@@ -42,7 +42,9 @@ def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -
     """A worker that serves, a rank on each of three nodes."""
     config = tmp_path / "engine.yaml"
     config.write_text(THREE_BY_ONE.engine_config)
-    flags = ("--model", str(model_dir), "--engine-config", str(config), "--heartbeat-timeout", str(HEARTBEAT))
+    # one start in some 30 wasn't ready in time: a start that hangs in MPI ends within that time then, with where each rank hangs
+    limits = ("--heartbeat-timeout", str(HEARTBEAT), "--world-timeout", "40")
+    flags = ("--model", str(model_dir), "--engine-config", str(config), *limits)
     started = SlurmWorker(
         slurm,
         tmp_path,
