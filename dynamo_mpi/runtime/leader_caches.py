@@ -173,6 +173,8 @@ class LeaderCaches(WorkerHook):
             }
             answer = self._ask(request, _PUBLISH_SECONDS)
             problems += [str(answer["problem"])] if "problem" in answer else []
+        if session.is_over:
+            return  # the worker ends
         if problems:
             self._log.warning(
                 f"compile caches are not written back: {'; '.join(problems[:3])}\n"

@@ -21,9 +21,10 @@ from dynamo_mpi.common.claimed_folder import ClaimedFolder, claim
 from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
+from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.cache_store import Part
 from dynamo_mpi.stage.compile_caches import assign
-from dynamo_mpi.stage.file_system import file_system_type, is_shared
+from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_shared
 from dynamo_mpi.stage.session import package_path
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 SEED_SECONDS, SAVE_SECONDS = 120.0, 600.0
 """How long a rank may take to unpack its part, and to write it back."""
+_ROOM = 1 << 30
 
 
 class CachePlan(NamedTuple):
@@ -161,6 +163,11 @@ class CacheSession:
             self._helper = helper = HelperCall(request, self._environ)
         return helper.result(SAVE_SECONDS)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `remove` has been called."""
+        return self._is_over
+
     def remove(self) -> None:
         """End what still runs, and remove the folder. Idempotent; does not raise."""
         with self._lock:
@@ -240,7 +247,7 @@ class HelperCall:
 
 
 def pick_base(bases: Sequence[str]) -> tuple[str, str]:
-    """Return the first folder of a disk of this node from which code can be loaded; otherwise why each is none."""
+    """Return the first folder of a disk of this node that has room and from which code can be loaded; otherwise why each is none."""
     problems = []
     for base in bases:
         try:
@@ -250,6 +257,8 @@ def pick_base(bases: Sequence[str]) -> tuple[str, str]:
                 problems.append(f"{base} is on a shared file system ({kind})")
             elif os.statvfs(base).f_flag & os.ST_NOEXEC:
                 problems.append(f"{base} is mounted noexec")
+            elif (free := free_bytes(base)) < _ROOM:
+                problems.append(f"{base} has too little room: {gib(free)} of {gib(_ROOM)}")
             else:
                 return base, ""
         except OSError as error:

@@ -196,7 +196,7 @@ def test_a_user_s_own_variable_wins(tmp_path: Path, temporary: Path, start: Star
     assert (tmp_path / "mine").exists()
 
 
-@pytest.mark.parametrize("moment", ["rank1:load:kill", "rank0:load:kill", "rank2:serve:kill"])
+@pytest.mark.parametrize("moment", ["rank1:load:kill", "rank0:load:kill", "rank1:stage:kill", "rank2:serve:kill"])
 @pytest.mark.landing("rank1:load:kill")
 def test_a_killed_rank_leaves_nothing_on_its_node(temporary: Path, start: Start, moment: str) -> None:
     worker = start(DYN_MPI_FAULT=moment, DYN_MPI_ALLOW_FAULTS="1")

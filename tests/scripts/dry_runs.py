@@ -52,6 +52,7 @@ CASES = (
             "IMAGE": "/images/dynamo trtllm.sqsh",
             "MOUNTS": "/lustre:/lustre,/checkout:/mnt",
             "STAGE_DIR": "/local/scratch",
+            "CACHE_DIR": "/shared/caches",
             "TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         },
     ),

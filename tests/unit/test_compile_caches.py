@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -529,6 +530,8 @@ def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.M
     )
     assert pick_base(["/tmp/s"])[1] == "/tmp/s is on a shared file system (nfs4)"
     assert pick_base(["/tmp/s", str(tmp_path)])[0] == str(tmp_path)
+    monkeypatch.setattr(cache_session, "free_bytes", lambda _: 1 << 29)
+    assert pick_base([str(tmp_path)]) == ("", f"{tmp_path} has too little room: 0.5 GiB of 1.0 GiB")
 
 
 # the helper process
@@ -539,7 +542,10 @@ def test_a_helper_answers_or_is_given_up(tmp_path: Path, archive: tuple[Path, li
     request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1}
     assert HelperCall(request, os.environ).result(20.0) == {"folder": str(target), "parts": [part]}
     assert "has ended without an answer" in HelperCall({"do": "seed"}, os.environ).result(20.0)["problem"]
-    os.mkfifo(tmp_path / "hangs")
-    waits = HelperCall({"do": "look", "folders": [], "key": {}, "ranks": 1}, {**os.environ, "PYTHONSTARTUP": ""})
-    assert waits.cancel()
-    assert "problem" in waits.result(5.0)
+    stopped = HelperCall(request, os.environ)
+    assert stopped._process is not None
+    stopped._process.popen.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert stopped.result(0.2) == {"problem": "no answer within 0.2 s: the shared file system may hang"}
+    assert time.monotonic() - began < 5
+    assert stopped._process.exit_code() is not None
