@@ -50,6 +50,7 @@ GROUPS: dict[str, Groups] = {
     },
     "status": {**_WHICH, "output": ("watch", "output")},
     "wait": {**_WHICH, "what for": ("role", "frontend", "timeout"), **_OUTPUT},
+    "replace": {"which deployment": ("run_dir",), "how": ("timeout",)},
     "down": {**_WHICH, "how": ("timeout", "dry_run")},
 }
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -96,6 +97,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "dynamo-mpi stage --stage /local/scratch",
         "srun --ntasks-per-node=1 dynamo-mpi stage --stage /local/scratch --unstage all",
     ),
+    "replace": ("dynamo-mpi replace n3", "dynamo-mpi replace n3 --run-dir dynamo_mpi-1234 --timeout 3600"),
     "down": ("dynamo-mpi down --run-dir dynamo_mpi-1234", "dynamo-mpi down --namespace dynamo --job 1234.5 --dry-run"),
     "completion": (
         "dynamo-mpi completion bash >~/.local/share/bash-completion/completions/dynamo-mpi",

@@ -31,13 +31,14 @@ VERBS = {
     "wait": "wait until a deployment is ready and has answered, or has failed",
     "timeline": "show a start: every rank's phases, the slowest ranks, where it failed",
     "stage": "copy a model to nodes' disks, show or remove the copies",
+    "replace": "take a node out of a running deployment: its worker moves to a spare node",
     "down": "end a deployment, or selected workers, in order",
     "completion": "print a script that completes verbs and flags, for bash, zsh or tcsh",
 }
 _GROUPS = {
     "before a launch": ("check", "plan", "doctor"),
     "run": ("local", "launch"),
-    "while it runs": ("status", "wait", "timeline", "stage", "down"),
+    "while it runs": ("status", "wait", "timeline", "stage", "replace", "down"),
     "the shell": ("completion",),
 }
 

@@ -135,7 +135,10 @@ class FailureHandler:
         # where no start may follow, there is nothing to find out
         has_choice = not found.is_mistake and (self.max_restarts or spares)
         nodes = (*worker.nodes, *spares[: len(worker.nodes)])
-        self._inquiries[worker.name] = (event, self.prober.begin(nodes, environment) if has_choice else None)
+        self._inquiries[worker.name] = (
+            event,
+            self.prober.begin(nodes, environment, found.suspects) if has_choice else None,
+        )
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
         """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.

@@ -14,7 +14,7 @@ from dynamo_mpi.deploy.recovery import NodeHealth
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from dynamo_mpi.deploy.node_watch import NodeWatch
     from dynamo_mpi.deploy.run_dir import RunDir
@@ -26,6 +26,7 @@ ANSWER_SECONDS = 10.0
 STEP_SECONDS = 30.0
 # srun about a node that is down or has left the job
 _UNAVAILABLE = "node configuration is not available"
+_UNREACHABLE = "its host doesn't answer its worker's other ranks, nor a connection from here"
 # the probe waits up to 30 s for the GPUs' memory
 RESULT_SECONDS = 60.0
 
@@ -62,14 +63,24 @@ class NodeProber:
         """Nodes that an administrator drains."""
         return self.watch.drained if self.watch is not None else {}
 
-    def begin(self, nodes: Sequence[str], environment: Mapping[str, str]) -> Inquiry:
-        """Begin to probe nodes. Call it from the main thread."""
-        known, steps = dict(self.lost), {}
+    def begin(self, nodes: Sequence[str], environment: Mapping[str, str], suspects: Collection[str] = ()) -> Inquiry:
+        """Begin to probe nodes. Call it from the main thread.
+
+        Args:
+            nodes: their names.
+            environment: the probes' environment.
+            suspects: nodes that the worker's ranks have reported as lost: a connection that fails, too, is proof enough.
+        """
+        known, steps = {node for node in nodes if node in self.lost or self.is_gone(node, suspects)}, {}
         for node in nodes:
             command = None if node in known else self._builder.probe(node)
             if command is not None:
                 steps[node] = start(command, environment, self._run_dir.log(command.name))
-        return Inquiry(self, tuple(nodes), steps)
+        return Inquiry(self, tuple(nodes), steps, tuple(suspects))
+
+    def is_gone(self, node: str, suspects: Collection[str]) -> bool:
+        """Return whether a node is lost that its peers have reported: a step on it would need many seconds to fail."""
+        return node in suspects and self.watch is not None and self.watch.is_silent(node)
 
     def order(self, spares: tuple[str, ...], node: str) -> tuple[str, ...]:
         """Return spares in the order of their distance from a node, by Slurm's switches and blocks."""
@@ -96,16 +107,20 @@ class Inquiry:
         prober: knows what is known of the nodes anyway.
         nodes: their names.
         steps: by node, the probe's step; nodes without one are known to be lost, or need none.
+        suspects: nodes that the worker's ranks have reported as lost.
     """
 
-    def __init__(self, prober: NodeProber, nodes: tuple[str, ...], steps: dict[str, Step]) -> None:
-        self._prober, self._nodes, self._steps = prober, nodes, steps
+    def __init__(
+        self, prober: NodeProber, nodes: tuple[str, ...], steps: dict[str, Step], suspects: tuple[str, ...] = ()
+    ) -> None:
+        self._prober, self._nodes, self._steps, self._suspects = prober, nodes, steps, suspects
         self._began = time.monotonic()
         self._problems: dict[str, str] = {}
 
     def poll(self) -> tuple[NodeHealth, ...] | None:
         """Return the nodes' health; None while it isn't known."""
-        lost = self._prober.lost
+        gone = {node: _UNREACHABLE for node in self._nodes if self._prober.is_gone(node, self._suspects)}
+        lost = {**gone, **self._prober.lost}
         for node, step in list(self._steps.items()):
             problem = lost.get(node) or self._result(node, step)
             if problem is not None:

@@ -93,6 +93,11 @@ class Beginning(NamedTuple):
                 reports.append(RankReport.of(json.loads(read_own(Path(self.failures or "") / name))))
         return tuple(sorted(reports, key=lambda report: report.time))
 
+    def lost_hosts(self) -> dict[str, str]:
+        """Return the hosts that the report of the whole worker names as lost, and why."""
+        lost = [each for each in self.reports() if each.is_composed and each.cause is DetectedBy.HOST_UNREACHABLE]
+        return {each.host: f"rank {each.rank}'s host doesn't answer the other ranks" for each in lost}
+
     def written(self) -> str:
         """Return the root cause from the ranks' failure files, for use if it isn't in their output: Open MPI 5's mpirun may drop output
         after a rank has exited with an error. Empty if there is none."""

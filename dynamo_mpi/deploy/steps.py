@@ -68,12 +68,13 @@ class StepEnd:
     Args:
         step: the step.
         step_controller: ends its ranks.
-        seconds: time that the launcher has to exit by itself.
+        seconds: time that the launcher has to exit by itself; with 0 it is killed at once.
     """
 
     def __init__(self, step: Step, step_controller: StepController, seconds: float = REST_SECONDS) -> None:
         self.step, self._deadline = step, time.monotonic() + seconds
         step_controller.cancel([step])
+        self.poll()
 
     def poll(self) -> bool:
         """Return whether the launcher has ended; after its time, kill it."""

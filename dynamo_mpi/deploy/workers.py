@@ -11,7 +11,7 @@ from dynamo_mpi.deploy.check_results import require_container
 from dynamo_mpi.deploy.recovery import Degrade, MoveToSpare, Stop
 from dynamo_mpi.deploy.reports import Beginning, Report, revoke_registrations
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.deploy.steps import Step, StepController, StepEnd, start
+from dynamo_mpi.deploy.steps import REST_SECONDS, Step, StepController, StepEnd, start
 from dynamo_mpi.deploy.timeline import keep_failed_start
 from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
@@ -125,6 +125,11 @@ class WorkerSet:
         """Whether no worker runs or will be restarted."""
         return not self._pauses and not self._running and not self._endings
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether it is about to be decided what follows a failure."""
+        return bool(self._endings or self._ends)
+
     def lives(self, name: str) -> bool:
         """Return whether a worker runs, or will again."""
         return name in self._running or name in self._pauses or name in self._endings
@@ -219,7 +224,8 @@ class WorkerSet:
         if name in self._ends:
             self._ends[name].poll()
             return
-        if lost := self._failures.lost_nodes(worker):
+        lost = {**self._starts[name].lost_hosts(), **self._failures.lost_nodes(worker)}
+        if lost and self._failures.may_hang:
             why = ", ".join(f"{node} is lost ({reason})" for node, reason in lost.items())
         elif name in self._planned and now > self._planned[name][1]:
             why = "it hasn't drained in time"
@@ -230,7 +236,7 @@ class WorkerSet:
         else:
             return
         self._say(f"{name}: {why}: ending what is left of its step")
-        self._ends[name] = StepEnd(step, self._step_controller)
+        self._ends[name] = StepEnd(step, self._step_controller, 0.0 if lost else REST_SECONDS)
 
     def _ended(self, worker: Worker, step: Step, code: int) -> None:
         step.child.kill()  # the remaining processes of a killed launcher on this host
@@ -291,9 +297,7 @@ class WorkerSet:
         self._pauses[worker.name] = time.monotonic() + action.seconds
         self._say(f"{worker.name}: ended with exit code {code}; {self._next(worker.name, action)}")
         if isinstance(action, MoveToSpare) and worker.role != "agg":
-            self._say(
-                f"{worker.name}: the KV check isn't repeated with {', '.join(spare for _, spare in action.moves)}"
-            )
+            self._say(f"{worker.name}: the KV check isn't repeated with {', '.join(dict(action.moves).values())}")
 
     def _act(self, worker: Worker, action: MoveToSpare | Degrade) -> None:
         """Do what was planned for the worker's end."""

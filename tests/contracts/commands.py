@@ -133,6 +133,7 @@ def _options(verb: str) -> Sequence[sources.Option]:
         "launch": sources.LAUNCH_OPTIONS,
         "completion": (),
         "local": (),  # argparse's own, see its help
+        "replace": sources.replace_verb.OPTIONS,
         "status": sources.status_verb.OPTIONS,
         "timeline": (sources.timeline_verb.RUN_DIR,),
         "stage": (sources.stage_verb.STAGE,),

@@ -19,6 +19,7 @@ from dynamo_mpi.cli import check as check_verb
 from dynamo_mpi.cli import doctor as doctor_verb
 from dynamo_mpi.cli import down as down_verb
 from dynamo_mpi.cli import plan as plan_verb
+from dynamo_mpi.cli import replace as replace_verb
 from dynamo_mpi.cli import stage as stage_verb
 from dynamo_mpi.cli import status as status_verb
 from dynamo_mpi.cli import timeline as timeline_verb

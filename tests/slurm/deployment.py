@@ -29,6 +29,7 @@ class Deployment:
         command: what runs in the allocation.
         environment: that the user has set.
         nodes: of the allocation.
+        options: of salloc, further ones.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class Deployment:
         command: Sequence[str],
         environment: Mapping[str, str],
         nodes: int = 4,
+        options: Sequence[str] = (),
     ) -> None:
         self.slurm, self.run_dir, self.log = slurm, folder / "run folder", folder / "launch.log"
         self.name = f"deployment-{folder.name}"
         salloc = ("salloc", f"--job-name={self.name}", f"--nodes={nodes}", "--exclusive", "--gpus-per-node=4")
         # as users who say it do: srun would take it for each of our steps
-        command = (*salloc, "--ntasks-per-node=4", *command)
+        command = (*salloc, "--ntasks-per-node=4", *options, *command)
         variables = {**environment, "DYN_MPI_RUN_DIR": str(self.run_dir)}
         with self.log.open("wb") as log:
             self.process = slurm.cluster.popen(
