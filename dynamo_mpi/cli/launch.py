@@ -22,7 +22,7 @@ from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.os_errors import of_os_error
-from dynamo_mpi.common.process import DRAIN_SIGNALS
+from dynamo_mpi.common.process import DRAIN_SIGNALS, home_variable
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy import no_kill
@@ -188,7 +188,7 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
         yield {**os.environ, **end}
         return
     with private_dir(prefix=FOLDER_PREFIX) as folder:
-        yield {**folder_environment(folder), **UNBOUND, **os.environ}
+        yield {**folder_environment(folder), **UNBOUND, **os.environ, **home_variable(os.environ)}
 
 
 def _split_nodes(given: str | None) -> tuple[str | None, str | None]:

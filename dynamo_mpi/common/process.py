@@ -16,6 +16,7 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import FrameType
 
 DRAIN_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1)
@@ -27,6 +28,15 @@ SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT, *DRAIN_SIGNALS)
 def host_name() -> str:
     """Return this node's short name, as in Slurm."""
     return os.uname().nodename.partition(".")[0]
+
+
+def home_variable(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return a ``HOME`` for an environment that lacks one, as a service's may: Open MPI doesn't start without it."""
+    if environ.get("HOME"):
+        return {}
+    home = os.path.expanduser("~")
+    # without an entry for this user; Open MPI only looks for a settings file there
+    return {"HOME": "/" if home.startswith("~") else home}
 
 
 def is_stopped(pid: int) -> bool:

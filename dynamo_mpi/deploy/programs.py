@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.ports import LOOPBACK, LOOPBACK_INTERFACE
+from dynamo_mpi.common.process import home_variable
 
 if TYPE_CHECKING:
     from dynamo_mpi.deploy.certificates import Credentials
@@ -176,7 +177,7 @@ def local_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
     """
     # the ranks are on one host, so Open MPI needs no TCP between them, whose ports would be open to everybody
     variables = {"DYN_LOG": "warn", "OMPI_MCA_btl": "^tcp", **_without(own, _FOREIGN, _KEPT)}
-    return variables | _common(own, scratch)  # gRPC would use a proxy even for loopback
+    return variables | home_variable(own) | _common(own, scratch)  # gRPC would use a proxy even for loopback
 
 
 def local_services(

@@ -123,6 +123,23 @@ def test_an_impossible_layout_is_refused_in_the_workers_words(tmp_path: Path) ->
         assert "prterun" not in command.err, "the launcher's own words are not ours to show"
 
 
+def test_a_layout_of_many_ranks_is_refused_before_they_start(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "500") as command:
+        assert command.wait() == ExitCode.ILLEGAL_LAYOUT, command.err
+        command.assert_nothing_left()
+        assert "9 attention heads can't be divided over tp_size = 500" in command.err
+        assert "set tensor_parallel_size to one of 1, 3" in command.err
+        assert "etcd at" not in command.err
+
+
+def test_without_home(tmp_path: Path) -> None:
+    """As a service's environment; Open MPI doesn't start without it."""
+    words = [sys.executable, "-m", "dynamo_mpi", "local", "--tp", "1", "--ask", QUESTION, "--max-tokens", "4"]
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"TMPDIR": str(tmp_path)}
+    done = run_command(words, env=environment, timeout=150)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_failure_of_the_stack(tmp_path: Path) -> None:
     """Its stdout is a pipe whose reader has gone, as with ``| head``."""
     reader, writer = os.pipe()

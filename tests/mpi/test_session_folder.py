@@ -59,6 +59,16 @@ def test_a_worker_without_a_launcher_leaves_nothing_in_the_temporary_folder(vari
     assert list(temporary.iterdir()) == []
 
 
+def test_a_worker_without_a_launcher_and_without_home_starts(tmp_path: Path) -> None:
+    """As a service's environment; Open MPI itself doesn't start without it."""
+    model = make_model(tmp_path / "model")
+    environment = {name: value for name, value in mpi_environment({}).items() if name != "HOME"}
+    words = ["-m", "dynamo_mpi.worker", "--engine", "reference", "--model", str(model), "--preflight-only"]
+    done = alone(*words, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert alone("-c", "from mpi4py import MPI", environment=environment).returncode != 0
+
+
 def test_its_own_temporary_folder_is_as_before() -> None:
     code = (
         "import os; from dynamo_mpi.mpi.world import init_mpi, load_mpi_library\n"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.common.admission import Admission, Throttle
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
 from dynamo_mpi.common.host_address import service_address
-from dynamo_mpi.common.process import raise_nofile_limit
+from dynamo_mpi.common.process import home_variable, raise_nofile_limit
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
@@ -259,6 +259,7 @@ def mpirun_environment(environ: Mapping[str, str], folder: Path) -> dict[str, st
     return {
         **UNBOUND,
         **kept,
+        **home_variable(environ),
         **folder_environment(folder),
         SOCKET_VARIABLE: str(folder / "agent"),
         "OMPI_MCA_plm_rsh_agent": agent,

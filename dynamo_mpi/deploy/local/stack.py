@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.common.errors import EngineError, ExitCode, UsageError
+from dynamo_mpi.common.errors import EngineError, ExitCode, LayoutError, UsageError
 from dynamo_mpi.common.log_tail import last_lines, last_text
 from dynamo_mpi.common.os_errors import exhausted
 from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports, require_loopback
@@ -30,12 +30,16 @@ from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpe
 from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment, local_services
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
+from dynamo_mpi.layout.finding import errors
+from dynamo_mpi.layout.library import Worker, check
 
 REMINDER_SECONDS = (5.0, 30.0)
 # measured: 126 MiB, of which etcd's log is 122; Open MPI wants some room for each rank
 FOLDER_MIB, RANK_MIB, _MIB = 130, 4, 1 << 20
 # longer than a worker's own limit for its requests
 DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
+# they start within seconds, and refuse by themselves
+_FEW_RANKS = 16
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class LocalStack(ServiceStack):
         require_loopback()
         self._require_space()
         self._scratch.mkdir()
+        prepared = self._prepare_checked()
 
         variables = local_environment(os.environ, self._scratch)
         credentials = self.make_credentials(LOOPBACK, "localhost") if self._settings.credentials else None
@@ -137,7 +142,7 @@ class LocalStack(ServiceStack):
             loopback_ports(),
             variables,
         )
-        model, name = prepare_model(self._settings.model, self._folder / "model")
+        model, name = prepared or self._prepare_model()
         self._run_folder.describe(name)
         self.mark("model", f"model {name}")
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
@@ -158,6 +163,25 @@ class LocalStack(ServiceStack):
         self.seconds["ready"] = self.age
         self._run_folder.write_timeline(time.time() - self.age, self.seconds)
         return Ready(name, frontend.port, workers, self.seconds, self._folder)
+
+    def _prepare_model(self) -> tuple[Path, str]:
+        return prepare_model(self._settings.model, self._folder / "model")
+
+    def _prepare_checked(self) -> tuple[Path, str] | None:
+        """For a worker of many ranks, which take long to start, prepare the model first, and refuse what the ranks would refuse.
+
+        Raises:
+            LayoutError: the model can't run in this layout.
+        """
+        if max(spec.tp_size for spec in self._settings.workers) <= _FEW_RANKS:
+            return None
+        model, name = self._prepare_model()
+        for spec in self._settings.workers:
+            keys = {"tensor_parallel_size": spec.tp_size, **self._settings.engine_options}
+            report = check(model, keys, Worker(spec.role, gpus_per_node=spec.tp_size, engine="reference"))
+            for finding in errors(report.findings)[:1]:
+                raise LayoutError(finding.message, expected=finding.expected, fix=finding.fix)
+        return model, name
 
     def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
         """Send one question to the model. Until the first answer the frontend may report that it has no worker.
