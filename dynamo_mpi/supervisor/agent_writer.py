@@ -12,7 +12,7 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log_record import Level
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed, start_thread
-from dynamo_mpi.supervisor.failure_reports import as_document, write_failure
+from dynamo_mpi.supervisor.failure_reports import as_document, load_writer, write_failure
 from dynamo_mpi.supervisor.leases import LeaseRevoker
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class ReportWriter:
         """Set the leases that the worker owns in etcd, see `LeaseRevoker.set_leases`."""
         self._has_leases = True
         self._run_in_order(lambda: self._revoker.set_leases(encoded))
+        # in the same thread: it is after the result, and no rank waits for it
+        self._run_in_order(load_writer)
 
     def clear_leases(self) -> None:
         """Drop the leases: rank 0 shut down in order."""

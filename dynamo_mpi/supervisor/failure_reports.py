@@ -139,6 +139,12 @@ def cannot_connect(rendezvous: Rendezvous, reason: str) -> DynamoMpiError:
     )
 
 
+def load_writer() -> None:
+    """Import what `write_failure` needs, while that can be imported: the file system of a container may go with a rank."""
+    import dynamo_mpi.common.own_files
+    import dynamo_mpi.common.trace_context  # noqa: F401
+
+
 def write_failure(
     rendezvous: Rendezvous,
     failure: Failure,
@@ -160,7 +166,7 @@ def write_failure(
     """
     if not rendezvous.failure_dir:
         return
-    # not before a failure: what an agent imports delays its watch
+    # not before the result: what an agent imports delays its watch
     from dynamo_mpi.common.folder_walk import reason
     from dynamo_mpi.common.own_files import make_folder, write_own
 

@@ -60,7 +60,9 @@ class LeaseRevoker:
             worker, record = dict(content.get("worker") or {}), int(content.get("record") or 0)
         except (ValueError, KeyError, TypeError, AttributeError):
             return
-        import dynamo_mpi.discovery.etcd_http  # noqa: F401
+        # now: the file system of a container may go with a rank
+        import dynamo_mpi.discovery.etcd_http
+        import dynamo_mpi.discovery.failure_records  # noqa: F401
 
         # now: the file's system may fail with rank 0's node. Without it, what can't be revoked expires by itself
         with contextlib.suppress(DynamoMpiError):

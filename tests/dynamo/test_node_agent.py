@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -56,6 +57,25 @@ def assert_one_report(worker: RunningWorker, folder: Path, rank: int) -> None:
     (report,) = [json.loads(path.read_text()) for path in (folder / "failures").glob("*.json")]
     assert (report["rank"], report["host"], report["cause"]) == (rank, HOST, "disconnect")
     assert remaining(f"MARK={folder}\0") == []
+
+
+@pytest.mark.landing("0")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_death_is_reported_where_the_image_has_gone_with_it(
+    rank: int, start: Start, tmp_path: Path, etcd: EtcdServer
+) -> None:
+    """As in a container whose file system is a process of the step, which ends with it (Pyxis with squashfuse)."""
+    package = Path(shutil.copytree(ROOT / "dynamo_mpi", tmp_path / "image" / "dynamo_mpi"))
+    with (package / "__init__.py").open("a") as file:
+        file.write("print('from the image', flush=True)\n")
+    worker = start(PYTHONPATH=str(tmp_path / "image"), PYTHONSAFEPATH="1")
+    assert worker.text().count("from the image") == 3, worker.text()
+    (tmp_path / "image").rename(tmp_path / "gone")
+    os.kill(worker.ranks()[rank], signal.SIGKILL)
+    assert worker.wait() != 0, worker.text()
+    assert_one_report(worker, tmp_path, rank)
+    assert len(etcd.keys("dynamo_mpi/v1/failures/")) == 1
+    assert etcd.keys() == []
 
 
 @pytest.mark.landing("0-stopped", "1-killed")
