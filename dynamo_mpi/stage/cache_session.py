@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SEED_SECONDS, SAVE_SECONDS = 120.0, 600.0
 """How long a rank may take to unpack its part, and to write it back."""
 _ROOM = 1 << 30
+_WORKSPACE = "FLASHINFER_WORKSPACE_BASE"
 
 
 class CachePlan(NamedTuple):
@@ -192,6 +193,12 @@ class CacheSession:
         except OSError:
             return
         self._environ.update(assignment.variables)
+        home = self._environ.get("HOME") or os.path.expanduser("~")
+        if _WORKSPACE in assignment.variables and os.path.isdir(
+            cubins := os.path.join(home, ".cache/flashinfer/cubins")
+        ):
+            # downloaded, not compiled: a node without a way out has no others
+            self._environ.setdefault("FLASHINFER_CUBIN_DIR", cubins)
 
 
 class HelperCall:

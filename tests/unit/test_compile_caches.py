@@ -13,7 +13,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -26,11 +26,12 @@ from dynamo_mpi.common.folder_walk import UnsafeFileError
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.mpi.world import World
 from dynamo_mpi.stage import cache_archive, cache_store
 from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
 from dynamo_mpi.stage.cache_helper import handle
 from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
-from dynamo_mpi.stage.cache_session import HelperCall, pick_base
+from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, HelperCall, pick_base
 from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
 from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
 from tests.unit.models import SMOLLM2
@@ -532,6 +533,61 @@ def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.M
     assert pick_base(["/tmp/s", str(tmp_path)])[0] == str(tmp_path)
     monkeypatch.setattr(cache_session, "free_bytes", lambda _: 1 << 29)
     assert pick_base([str(tmp_path)]) == ("", f"{tmp_path} has too little room: 0.5 GiB of 1.0 GiB")
+
+
+# a rank
+
+
+class OneRank:
+    """A world of one rank."""
+
+    rank, size = 0, 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def broadcast(self, data: bytes = b"") -> bytes:
+        return data
+
+
+def test_a_rank_has_its_folders_whether_it_is_seeded_or_not_until_it_ends(
+    tmp_path: Path, archive: tuple[Path, list[Any]]
+) -> None:
+    target, part = archive
+    cubins = tmp_path / "home/.cache/flashinfer/cubins"
+    cubins.mkdir(parents=True)
+    for source, parts in (("", ()), (str(target), (Part(*part),))):
+        environ = dict(os.environ) | {"HOME": str(tmp_path / "home"), ROOT_VARIABLE: ""}
+        plan = CachePlan("M-1", (str(tmp_path),), source, parts, str(target))
+        assert CachePlan.unpack(plan.pack()) == plan
+        session = CacheSession(0, plan, environ, lambda _: None)
+        session.begin()
+        seeding = session.finish(cast("World", OneRank()))
+        assert seeding is not None and seeding.problems == ()
+        assert (seeding.seeded, seeding.files) == (bool(parts), len(parts))
+        assert all(os.path.isdir(environ[library.variable]) for library in LIBRARIES if not library.is_json)
+        assert os.path.isdir(os.path.dirname(environ["TLLM_AUTOTUNER_CACHE_PATH"]))
+        # downloaded, and often not to be had on a node
+        assert environ["FLASHINFER_CUBIN_DIR"] == str(cubins)
+        assert os.path.exists(f"{environ['TRITON_CACHE_DIR']}/../triton/k") == bool(parts)
+        write(Path(environ["TRITON_CACHE_DIR"]), {"new": b"new"})
+        assert session.save()["new"] == 1
+        session.remove()
+        assert not os.path.exists(environ["TRITON_CACHE_DIR"]) and session.is_over
+        assert session.save() == {"problem": "it has ended"}
+    assert [name for name in os.listdir(tmp_path) if "caches" in name] == []
+
+
+def test_a_rank_without_a_folder_leaves_the_libraries_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    environ: dict[str, str] = {}
+    session = CacheSession(0, CachePlan("M-1", (str(tmp_path / "file" / "x"),)), environ, lambda _: None)
+    session.begin()
+    seeding = session.finish(cast("World", OneRank()))
+    assert seeding is not None and not seeding.seeded and not session.writes
+    assert len(seeding.problems) == 1 and "no folder for compile caches" in seeding.problems[0]
+    assert environ == {}
+    session.remove()
 
 
 # the helper process
