@@ -14,7 +14,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, run_dir_option, to_switch, to_text
 from dynamo_mpi.config.sources import to_seconds
 from dynamo_mpi.ops.doctor.check import Context
 from dynamo_mpi.ops.doctor.runner import SECTIONS, chosen, run_sections
@@ -32,14 +32,7 @@ ONLY = Option(
     to_text,
     f"sections, separated by commas: {', '.join(section.name for section in SECTIONS)}",
 )
-RUN_DIR = Option(
-    "run_dir",
-    ("--run-dir",),
-    ("DYN_MPI_RUN_DIR",),
-    None,
-    to_path,
-    "a deployment's folder: its etcd and NATS are checked, with its credentials",
-)
+RUN_DIR = run_dir_option("a deployment's folder: its etcd and NATS are checked, with its credentials")
 
 
 def to_time(text: str) -> float:

@@ -17,7 +17,7 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.folder_walk import fix_for
 from dynamo_mpi.common.own_files import write_own
-from dynamo_mpi.config.options import Option, add_options, resolve, to_path
+from dynamo_mpi.config.options import add_options, resolve, run_dir_option
 from dynamo_mpi.deploy.run_files import TIMELINES, is_run_dir, open_run_dir
 from dynamo_mpi.ops.deployment import NoRunDirError, select_run_dirs
 from dynamo_mpi.telemetry.startup_trace import read_traces
@@ -31,13 +31,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.own_files import OwnFolder
     from dynamo_mpi.telemetry.startup_trace import StartupTrace
 
-RUN_DIR = Option(
-    "run_dir",
-    ("--run-dir",),
-    ("DYN_MPI_RUN_DIR",),
-    None,
-    to_path,
-    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* that has timelines",
+RUN_DIR = run_dir_option(
+    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* that has timelines"
 )
 OUTPUTS = ("html", "trace", "text")
 _BY_SUFFIX = {".html": "html", ".htm": "html", ".json": "trace"}

@@ -10,7 +10,7 @@ import time
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -59,6 +59,18 @@ def run_suppressed(act: Callable[[], object]) -> None:
     """Call ``act`` and suppress its exceptions, for a shutdown that must continue."""
     with contextlib.suppress(Exception):
         act()
+
+
+@contextlib.contextmanager
+def call_if_late(seconds: float, late: Callable[[], object]) -> Iterator[None]:
+    """Call ``late`` from a thread if the body takes longer than ``seconds``."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class ReminderSchedule:

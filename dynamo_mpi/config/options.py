@@ -51,6 +51,11 @@ class Option:
     without: str = ""
 
 
+def run_dir_option(help_text: str) -> Option:
+    """Return the option that names a deployment's folder."""
+    return Option("run_dir", ("--run-dir",), ("DYN_MPI_RUN_DIR",), None, to_path, help_text)
+
+
 def to_size(text: str) -> int:
     """Parse a positive whole number."""
     if not text.strip().isdecimal() or int(text) < 1:

@@ -15,7 +15,7 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.record_codec import read_fields
-from dynamo_mpi.config.options import Option, to_name, to_path, to_text
+from dynamo_mpi.config.options import Option, run_dir_option, to_name, to_text
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, is_run_dir, open_run_dir, read_object, read_services
 
 if TYPE_CHECKING:
@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 _NAME_ETCD = (SERVICES_FILE, "ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
 
 # options of `status`, `wait` and `down`
-RUN_DIR = Option(
-    "run_dir",
-    ("--run-dir",),
-    ("DYN_MPI_RUN_DIR",),
-    None,
-    to_path,
-    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* in which one runs",
+RUN_DIR = run_dir_option(
+    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* in which one runs"
 )
 NAMESPACE = Option("namespace", ("--namespace",), (), None, to_name, "only workers of this Dynamo namespace")
 MODEL = Option(

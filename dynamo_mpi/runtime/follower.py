@@ -230,15 +230,10 @@ def abort_if_late(error: Exception | None, abort: Callable[[Exception], object])
         yield
         return
     # imported after the preflight result, as every file that a rank opens before counts
-    import threading
+    from dynamo_mpi.common.waiting import call_if_late
 
-    timer = threading.Timer(_AGREEMENT_SECONDS, abort, (error,))
-    timer.daemon = True
-    timer.start()
-    try:
+    with call_if_late(_AGREEMENT_SECONDS, partial(abort, error)):
         yield
-    finally:
-        timer.cancel()
 
 
 def build_engine_shard(

@@ -20,7 +20,7 @@ from dynamo_mpi.common.failure import TerminatedBySignal
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.log import print_trtllm_launch_line
 from dynamo_mpi.common.process import DRAIN_SIGNALS
-from dynamo_mpi.common.waiting import start_thread
+from dynamo_mpi.common.waiting import call_if_late, start_thread
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import (
@@ -31,7 +31,6 @@ from dynamo_mpi.engines.trtllm.endings import (
     LeaseLost,
     Registered,
     SignalReceived,
-    call_if_late,
     close_session,
     innermost_error,
     ranks_left,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import (
@@ -20,7 +19,7 @@ from dynamo_mpi.common.failure import is_secondary
 from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.engines.trtllm.session import Session
     from dynamo_mpi.engines.trtllm.task import TaskEnd
@@ -174,18 +173,6 @@ def readiness_error(message: Mapping[str, Any], *, registered: bool) -> DynamoMp
         expected="etcd, and NATS if it is used, must answer",
         fix="check both; ETCD_ENDPOINTS and NATS_SERVER are their addresses",
     )
-
-
-@contextmanager
-def call_if_late(seconds: float, late: Callable[[], object]) -> Iterator[None]:
-    """Call ``late`` from a thread if the body takes longer than ``seconds``."""
-    timer = threading.Timer(seconds, late)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def close_session(session: Session, seconds: float) -> None:
