@@ -60,6 +60,7 @@ bench:
 	$(BIN)/python tests/bench/hand_over.py
 	$(BIN)/python tests/bench/liveness.py
 	$(BIN)/python tests/bench/idle_connections.py
+	$(BIN)/python -m tests.bench.idle_ranks
 	$(BIN)/python -m tests.bench.faults
 	$(BIN)/python -m tests.bench.kills
 
