@@ -7,8 +7,6 @@ finding (H14). A config that can't be read is refused with all that keeps it fro
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 from dynamo_mpi.common.config_reader import BadValueError, line_of_key, parse_json, parse_yaml
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
@@ -263,6 +261,8 @@ def all_bad_values(first: BadValueError, keys: Mapping[str, Any], where: str, ya
         where: where it was found, for messages.
         yaml_text: the engine config's text; None for none.
     """
+    from copy import deepcopy  # for a config that can't be read alone
+
     bad, rest = [first], deepcopy(dict(keys))
     while _remove(rest, bad[-1].key.split(".")) and len(bad) < _MOST:
         try:
