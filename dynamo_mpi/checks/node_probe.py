@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.gpu_check import HealthRow, check_health
 from dynamo_mpi.checks.gpu_health import health_of_node
@@ -39,22 +39,42 @@ _RANKS = re.compile(r"(?:rank|GPU) \d+ on [^\s,:]+[,:] ")
 _UNFIT = ("V9", "V10", "V12", "V13", "V15")
 
 
-def result(problems: Sequence[str]) -> str:
-    """Return the result's line."""
-    return PREFIX + json.dumps({"problems": list(problems)})
+class ProbeResult(NamedTuple):
+    """What a probe found.
+
+    Args:
+        problems: why the node can't run a worker; empty if it can.
+        domain: the NVLink domain that its GPUs share with those of other nodes; empty if there is none.
+    """
+
+    problems: tuple[str, ...] = ()
+    domain: str = ""
+
+    @property
+    def line(self) -> str:
+        """The line that `read_result` reads."""
+        return PREFIX + json.dumps({"problems": self.problems, "domain": self.domain})
 
 
-def read_result(output: str) -> list[str] | None:
-    """Return the problems that a probe's output reports; None if it has no result (yet)."""
+def read_result(output: str) -> ProbeResult | None:
+    """Return what a probe's output reports; None if it has no result (yet)."""
     for line in reversed(output.splitlines()):
         _, found, text = line.partition(PREFIX)
         if found and text.startswith("{"):
             try:
-                problems = json.loads(text)["problems"]
-                return [str(problem) for problem in problems]
+                content = json.loads(text)
+                return ProbeResult(tuple(map(str, content["problems"])), str(content.get("domain", "")))
             except (ValueError, KeyError, TypeError):
                 return None
     return None
+
+
+def domain_of(gpus: Sequence[GpuHealth]) -> str:
+    """Return the NVLink domain of a node's GPUs, cluster and clique; empty if they have none, or aren't in one."""
+    found = {gpu.facts.fabric for gpu in gpus if not gpu.problem}
+    fabric = found.pop() if len(found) == 1 else None
+    # a cluster of zero doesn't leave the node
+    return "" if fabric is None or fabric.problem or not fabric.cluster else f"{fabric.cluster}.{fabric.clique}"
 
 
 def wait_for_memory(
@@ -111,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dynamo_mpi.checks.local_check import check_this_host
 
         problems = unfit(check_this_host().findings)
-    print(result(problems), flush=True)
+    print(ProbeResult(tuple(problems), domain_of(gpus)).line, flush=True)
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks.node_probe import HERE, result
+from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.deploy.nodes import is_this_host
 from dynamo_mpi.deploy.step_commands import (
     KV_CHECK,
@@ -161,7 +161,7 @@ class Srun:
         longer than all else, and the ranks check the GPUs again before they load."""
         if self.container is None:
             return self._on_node(node, f"probe-{node}", probe_words(self.source), {})
-        words = ("printf", "%s\\n", HERE, result(()))
+        words = ("printf", "%s\\n", HERE, ProbeResult().line)
         return replace(self, container=None)._on_node(node, f"probe-{node}", words, {})
 
     def prepare(self, node: str) -> tuple[Command, ...]:

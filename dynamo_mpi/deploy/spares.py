@@ -17,6 +17,7 @@ from dynamo_mpi.deploy.steps import Step, StepController, start
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from dynamo_mpi.checks.node_probe import ProbeResult
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.step_commands import Command
 
@@ -68,6 +69,8 @@ class SparePool:
         self._environment: Mapping[str, str] = {}
         self._left: dict[str, list[Command]] = {}
         self._running: dict[str, Step] = {}
+        self.domains: dict[str, str] = {}
+        """By node, the NVLink domain that its GPUs share with other nodes' ones; empty for none."""
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Begin to make them ready."""
@@ -88,9 +91,12 @@ class SparePool:
                 return
             del self._running[node]
             step.child.kill()
-            if reason := _failure(step, code):
+            result = read_result(step.child.output())
+            if reason := _failure(step, code, result):
                 self.fail(node, reason)
                 return
+            if result is not None:
+                self.domains[node] = result.domain
         if self._left.get(node):
             command = self._left[node].pop(0)
             self._running[node] = start(command, self._environment, self._run_dir.log(command.name))
@@ -107,6 +113,11 @@ class SparePool:
         """Names of those that a worker can get: the ready ones first; a worker's own start makes ready what isn't yet."""
         found = [spare for spare in self._spares.values() if spare.state in (READY, PREPARING)]
         return tuple(spare.node for spare in sorted(found, key=lambda spare: spare.state != READY))
+
+    @property
+    def ready(self) -> tuple[str, ...]:
+        """Names of those that are ready."""
+        return tuple(node for node in self.available if self._spares[node].state == READY)
 
     @property
     def steps(self) -> list[Step]:
@@ -144,13 +155,11 @@ class SparePool:
             step.child.kill()
 
 
-def _failure(step: Step, code: int) -> str:
+def _failure(step: Step, code: int, result: ProbeResult | None) -> str:
     """Return why a spare can't be used, by a step's end; empty if it can."""
-    output = step.child.output()
-    problems = read_result(output)
-    if problems:
-        return problems[0]
+    if result is not None and result.problems:
+        return result.problems[0]
     if not code:
         return ""
-    words = [line for line in output.splitlines() if line.strip()]
+    words = [line for line in step.child.output().splitlines() if line.strip()]
     return f"{step.name} ended with exit code {code}" + (f": {words[-1].strip()[:200]}" if words else "")

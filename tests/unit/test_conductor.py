@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.checks.node_probe import HERE, result
+from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
@@ -60,7 +60,7 @@ class Steps:
     decode: str = SERVE
     checks_in_services: bool = False
     image: str = ""
-    probe_script: str = f"echo '{HERE}'; echo '{result(())}'"
+    probe_script: str = f"echo '{HERE}'; echo '{ProbeResult().line}'"
     prepare_script: str = "true"
 
     def probe(self, node: str) -> Command:
@@ -319,7 +319,7 @@ READY_ON_S1 = AGAIN_ON_S1 = "decode-0: ready"
 APART = (replace(PREFILL, nodes=("m",)), DECODE)
 AGAIN = "decode-0: ready#2"
 READY_AND = SERVE.split(";")[0]
-SICK = f"""echo '{HERE}'; echo '{result(["V10: GPU 3: 2 uncorrected ECC errors"])}'"""
+SICK = f"""echo '{HERE}'; echo '{ProbeResult(("V10: GPU 3: 2 uncorrected ECC errors",)).line}'"""
 WELL = Steps.probe_script
 # the worker fails on the node n and serves on any other
 FAILS_ON_N = f'if [ "$NODES" = n ]; then {READY_AND}; sleep 0.3; exit 137; else {SERVE}; fi'

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.checks.gpu_fabric import COMPLETED, IN_PROGRESS, GpuFabric
 from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth, no_health
-from dynamo_mpi.checks.node_probe import HERE, problems_of, read_result, result, wait_for_memory
+from dynamo_mpi.checks.node_probe import HERE, ProbeResult, domain_of, problems_of, read_result, wait_for_memory
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.excluded import describe_excluded, exclude, excluded_before
 from dynamo_mpi.deploy.no_kill import is_kept, says_no_kill, warning
@@ -229,8 +230,24 @@ def gpu(used: int = 0, **health: int) -> GpuHealth:
 )
 def test_what_a_probe_calls_a_problem(gpus: list[GpuHealth], problems: list[str]) -> None:
     assert problems_of("n3", gpus, 31.0) == problems
-    output = f"0: {HERE}\n0: {result(problems)}\nsrun: a line after it\n"
-    assert read_result(output) == problems
+    found = ProbeResult(tuple(problems), "7f.3")
+    assert read_result(f"0: {HERE}\n0: {found.line}\nsrun: a line after it\n") == found
+
+
+@pytest.mark.parametrize(
+    ("fabrics", "domain"),
+    [
+        ([None, None], ""),
+        ([GpuFabric(COMPLETED, 0, "7f", 3)] * 2, "7f.3"),
+        ([GpuFabric(COMPLETED, 0, "7f", 3), GpuFabric(COMPLETED, 0, "7f", 4)], ""),
+        ([GpuFabric(COMPLETED, 0, "", 3)], ""),
+        ([GpuFabric(IN_PROGRESS, 0, "7f", 3)], ""),
+        ([], ""),
+    ],
+)
+def test_the_nvlink_domain_of_a_node(fabrics: list[GpuFabric | None], domain: str) -> None:
+    gpus = [gpu()._replace(facts=gpu().facts._replace(fabric=fabric)) for fabric in fabrics]
+    assert domain_of(gpus) == domain
 
 
 @pytest.mark.parametrize("output", ["", HERE, "dynamo_mpi node probe: {", 'dynamo_mpi node probe: {"other": 1}'])
