@@ -81,9 +81,15 @@ class FailureHandler:
         """Why the head node is lost; empty if it isn't."""
         return self.prober.lost.get(self.head, "")
 
-    def nearest_spares(self, node: str) -> tuple[str, ...]:
-        """Return the spares that a worker can get, those near a node first."""
-        return self.prober.order(self.spares.available, node)
+    def nearest_spares(self, node: str, domain: str = "") -> tuple[str, ...]:
+        """Return the spares that a worker can get, the best first.
+
+        Args:
+            node: those near it come first.
+            domain: before them, those of this NVLink domain, that of the worker's other nodes; empty if it isn't known.
+        """
+        spares, domains = self.prober.order(self.spares.available, node), self.spares.domains
+        return tuple(sorted(spares, key=lambda spare: bool(domain) and domains.get(spare) != domain))
 
     def look_at_nodes(self) -> list[str]:
         """Leave out spares that are lost or drained by now; return a warning for each other node that an administrator has begun to drain."""
@@ -131,10 +137,10 @@ class FailureHandler:
             error=found.error,
         )
         self._events = [*self._events[-_MOST_EVENTS:], event]
-        spares = self.spares.available
         # where no start may follow, there is nothing to find out
-        has_choice = not found.is_mistake and (self.max_restarts or spares)
-        nodes = (*worker.nodes, *spares[: len(worker.nodes)])
+        has_choice = not found.is_mistake and (self.max_restarts or self.spares.spares)
+        # those that are being made ready compute
+        nodes = (*worker.nodes, *self.spares.ready[: len(worker.nodes)])
         self._inquiries[worker.name] = (
             event,
             self.prober.begin(nodes, environment, found.suspects) if has_choice else None,
@@ -159,7 +165,7 @@ class FailureHandler:
         # whoever was blamed: a bad node is the cause
         bad = next((each.node for each in health if each.problem and each.node in worker.nodes), event.host)
         event = replace(event, host=bad)
-        spares = self.nearest_spares(bad)
+        spares = self.nearest_spares(bad, inquiry.domain_of(worker.nodes) if inquiry is not None else "")
         case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced

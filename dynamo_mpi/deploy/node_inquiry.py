@@ -116,6 +116,7 @@ class Inquiry:
         self._prober, self._nodes, self._steps, self._suspects = prober, nodes, steps, suspects
         self._began = time.monotonic()
         self._problems: dict[str, str] = {}
+        self._domains: dict[str, str] = {}
 
     def poll(self) -> tuple[NodeHealth, ...] | None:
         """Return the nodes' health; None while it isn't known."""
@@ -135,6 +136,10 @@ class Inquiry:
             for node in self._nodes
         )
 
+    def domain_of(self, nodes: Collection[str]) -> str:
+        """Return the NVLink domain of some of the nodes; empty if they have none, or it isn't known."""
+        return next(filter(None, (self._domains.get(node) for node in nodes)), "")
+
     def close(self) -> None:
         """End the probes."""
         for step in self._steps.values():
@@ -145,9 +150,10 @@ class Inquiry:
         """Return a node's problem, or an empty text; None while it isn't known."""
         seconds = time.monotonic() - self._began
         code, output = step.child.exit_code(), step.child.output()
-        problems = read_result(output)
-        if problems is not None:
-            return "; ".join(problems)
+        result = read_result(output)
+        if result is not None:
+            self._domains[node] = result.domain
+            return "; ".join(result.problems)
         if code is not None:
             death = first_death(output)
             if HERE not in output and death is not None and death.host == node:

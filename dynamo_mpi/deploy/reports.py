@@ -14,6 +14,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import MISTAKES, DynamoMpiError, ExitCode
@@ -158,8 +159,16 @@ def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
         return Trace(answered=False)
 
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
 def report_death(
-    beginning: Beginning, step: Step, code: int, trace: Trace, environ: Mapping[str, str]
+    beginning: Beginning,
+    step: Step,
+    code: int,
+    trace: Trace,
+    environ: Mapping[str, str],
+    lost: Mapping[str, str] = _NONE,
 ) -> Report | None:
     """Report the failure of a worker if none of its own processes has: return the report, and write it to etcd and to a failure file.
 
@@ -169,11 +178,12 @@ def report_death(
         code: the worker's exit code.
         trace: its records in etcd at its end.
         environ: has etcd's endpoints and our credentials.
+        lost: nodes of the worker that are known to be lost, and why.
 
     Returns:
         The report; None if the ranks, or their node agents, have reported the failure.
     """
-    end = time.monotonic() + GRACE_SECONDS
+    end = time.monotonic() + (0.0 if lost else GRACE_SECONDS)
     while not (is_heard := trace.is_reported or beginning.has_files) and time.monotonic() < end:
         time.sleep(_LOOK_SECONDS)
     if is_heard:
@@ -183,17 +193,17 @@ def report_death(
     death = first_death(words)
     if death is not None:
         death = death.placed(worker.nodes, worker.ranks_per_node)
-    report = _report(worker.name, code, death, step)
+    report = _lost(worker.name, code, lost) if lost else _report(worker.name, code, death, step)
     failure = Failure(
         death.ranks[0] if death is not None and len(death.ranks) == 1 else -1,
         # a launcher may exit with 0 after the loss of a host, but 0 is no failure's code
         code or ExitCode.TEMPORARY,
         report.found,
-        DetectedBy.DISCONNECT,
+        DetectedBy.HOST_UNREACHABLE if lost else DetectedBy.DISCONNECT,
         trace.phase,
         time.monotonic(),
     )
-    host = death.host if death is not None else ""
+    host = next(iter(lost), death.host if death is not None else "")
     origin = trace.origin or beginning.origin
     content = failure_record(origin, failure, host, str(report))
     # the report is printed and written to a file even if etcd can't be reached
@@ -209,6 +219,14 @@ def report_death(
         more = {"report": str(report), "consequences": [], "attempt": origin.attempt}
         write_failure(rendezvous, failure, host, by=0, report=more)
     return report
+
+
+def _lost(name: str, code: int, lost: Mapping[str, str]) -> Report:
+    listed = ", ".join(f"{node} is lost ({why})" for node, why in lost.items())
+    found = f"{name} ended with exit code {code}: {listed}, and no rank was left to report it"
+    return Report(
+        found, "nodes that run until the job ends", f"look at {', '.join(lost)}: power, network, its kernel's log"
+    )
 
 
 def _report(name: str, code: int, death: Death | None, step: Step) -> Report:

@@ -116,6 +116,16 @@ def services_environment(run_dir: str) -> dict[str, str]:
     return {SERVICES_FILE: f"{run_dir}/{SERVICES}"}
 
 
+def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with file names of a worker's own, if all workers have the same ones: they would overwrite each other's. Pure."""
+    files = {}
+    if folder := environ.get("DYN_MPI_LOG_DIR"):
+        files["DYN_MPI_LOG_DIR"] = f"{folder}/{name}"
+    if metrics := environ.get("DYN_MPI_METRICS_FILE"):
+        files["DYN_MPI_METRICS_FILE"] = f"{metrics.removesuffix('.prom')}-{name}.prom"
+    return files
+
+
 def worker_environment(settings: LaunchSettings) -> dict[str, str]:
     """Return the settings that all workers of a deployment share, as variables: a model's path is the same on all nodes."""
     shared = {

@@ -10,7 +10,7 @@ from dynamo_mpi.deploy.first_death import first_death
 from dynamo_mpi.deploy.reports import Beginning, Report, Trace, is_reported, report_death, trace_in_etcd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.steps import Step
@@ -26,14 +26,14 @@ class WorkerEnd(NamedTuple):
         step: its step, which has ended.
         code: its exit code.
         beginning: its start.
-        lost: those of its nodes that are known to be lost.
+        lost: those of its nodes that are known to be lost, and why.
         was_ready: whether it had become ready.
     """
 
     step: Step
     code: int
     beginning: Beginning
-    lost: Sequence[str] = ()
+    lost: Mapping[str, str]
     was_ready: bool = False
 
     def examine(
@@ -57,7 +57,7 @@ class WorkerEnd(NamedTuple):
         trace = Trace() if is_known else trace_in_etcd(beginning, clients)
         clear()
         if not is_known:
-            report = report_death(beginning, self.step, self.code, trace, clients)
+            report = report_death(beginning, self.step, self.code, trace, clients, self.lost)
         worker, death = beginning.worker, first_death(output)
         evidence = Evidence(
             self.code,

@@ -11,6 +11,7 @@ from dynamo_mpi.deploy.check_results import require_container
 from dynamo_mpi.deploy.recovery import Degrade, MoveToSpare, Stop
 from dynamo_mpi.deploy.reports import Beginning, Report, revoke_registrations
 from dynamo_mpi.deploy.services import StepFailed
+from dynamo_mpi.deploy.step_commands import own_files
 from dynamo_mpi.deploy.steps import REST_SECONDS, Step, StepController, StepEnd, start
 from dynamo_mpi.deploy.timeline import keep_failed_start
 from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
 
 # srun names the rank that ended first within this time; where a host is lost, it can't
 LINGER_SECONDS = 2.0
-
-
-def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return variables with file names of a worker's own, if all workers have the same ones: they would overwrite each other's. Pure."""
-    files = {}
-    if folder := environ.get("DYN_MPI_LOG_DIR"):
-        files["DYN_MPI_LOG_DIR"] = f"{folder}/{name}"
-    if metrics := environ.get("DYN_MPI_METRICS_FILE"):
-        files["DYN_MPI_METRICS_FILE"] = f"{metrics.removesuffix('.prom')}-{name}.prom"
-    return files
 
 
 class _Ending(NamedTuple):
@@ -264,7 +255,7 @@ class WorkerSet:
 
         self._failed_at[worker.name] = time.time()
         ready = self._ready.get(worker.name)
-        lost = tuple(self._failures.lost_nodes(worker))
+        lost = self._failures.lost_nodes(worker)
         end = WorkerEnd(step, code, self._starts[worker.name], lost, was_ready=ready is not None)
         self._found[worker.name], report = end.examine(self._clients, clear, self._say)
         self._endings[worker.name] = _Ending(step, code, report)

@@ -363,6 +363,19 @@ def test_a_sick_node_is_left_out_and_a_spare_takes_its_place(run: Run, tmp_path:
     assert {"probe-n", "probe-s1", "spare-s1"} <= set(described["steps"])
 
 
+def test_a_spare_of_the_same_nvlink_domain_comes_first(run: Run) -> None:
+    pair = (PREFILL, replace(DECODE, nodes=("m", "n")))
+    near, far = (f"echo '{HERE}'; echo '{ProbeResult((), domain).line}'" for domain in ("7f.1", "7f.2"))
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {near}; fi'
+    prepare = f'if [ "$NODE" = s2 ]; then {near}; else {far}; fi'
+    fails = f'if [ "$NODES" = m,n ]; then {READY_AND}; sleep 1; exit 137; else {SERVE}; fi'
+    more = {"workers": pair, "spares": ("s1", "s2"), "changes": {"kv_check": "off"}}
+    code, said = run(
+        AGAIN, raise_signal(signal.SIGTERM), 3, probe_script=probe, prepare_script=prepare, decode=fails, **more
+    )
+    assert (code, "s2 takes its place" in said, "decode-0: 2 ranks on m,s2" in said) == (143, True, True), said
+
+
 def test_a_healthy_node_gets_the_worker_again_at_once(run: Run, tmp_path: Path) -> None:
     again = f"if [ -e {tmp_path}/once ]; then {SERVE}; else touch {tmp_path}/once; {READY_AND}; sleep 0.3; exit 137; fi"
     code, said = run(AGAIN, raise_signal(signal.SIGTERM), 3, spares=("s1",), decode=again)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.deploy.workers import own_files
+from dynamo_mpi.deploy.step_commands import own_files
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher, expand_tasks_per_node, mapping_is_in_blocks
 from tests.unit.recordings import RECORDED, ranks_of
 
