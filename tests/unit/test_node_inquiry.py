@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.checks.node_probe import HERE, result
+from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.deploy.blame import RankReport
 from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -33,7 +33,7 @@ class Probes:
 
     def probe(self, node: str) -> Command:
         self.asked.append(node)
-        words = ("sleep", "600") if node == SILENT else ("printf", "%s\\n", HERE, result([]))
+        words = ("sleep", "600") if node == SILENT else ("printf", "%s\\n", HERE, ProbeResult().line)
         return Command(f"probe-{node}", f"probe-{node}", (words,))
 
 
