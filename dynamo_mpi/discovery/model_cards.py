@@ -233,11 +233,13 @@ class UnlikeModel(NamedTuple):
     Args:
         namespace: Dynamo's.
         model: the name that clients ask for.
+        kind: as in `ModelCard`.
         text: in what the workers' cards differ.
     """
 
     namespace: str
     model: str
+    kind: str
     text: str
 
 
@@ -247,7 +249,7 @@ def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[UnlikeModel]:
     for namespace, card in cards:
         groups.setdefault((namespace, card.model, card.kind), []).append(card)
     models = []
-    for (namespace, model, _), group in groups.items():
+    for (namespace, model, kind), group in groups.items():
         first = group[0]
         if found := unlike(first, group[1:]):
             other = found[0][0]
@@ -257,5 +259,5 @@ def unlike_models(cards: Iterable[tuple[str, ModelCard]]) -> list[UnlikeModel]:
                 f"the cards of {sanitize(model)} in {sanitize(namespace)} differ, and frontends take one for all: "
                 f"{sanitize('; '.join(what))}{more}"
             )
-            models.append(UnlikeModel(namespace, model, text))
+            models.append(UnlikeModel(namespace, model, kind, text))
     return models

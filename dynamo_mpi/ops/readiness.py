@@ -123,7 +123,7 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
         lost = [
             MissingItem(own.name, DEPARTED) for own in expected if own in departed and own.role in status.lost_roles
         ]
-        return [item for item in found if item is not None] + lost + unlike_items(status)
+        return [item for item in found if item is not None] + lost + unlike_items(status, roles)
     models = models_of(status)
     if not models:
         return [MissingItem(role, "not there") for role in roles] or [MissingItem("workers", "none is there")]
@@ -133,13 +133,24 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
         prefix = f"{model} " if len(models) > 1 else ""
         for role in roles or sorted(needed_roles(w.record.role for w in own_workers), reverse=True):
             items.append(_missing(prefix + role, [w for w in own_workers if w.record.role == role], status.time))
-    return [item for item in items if item is not None] + unlike_items(status)
+    return [item for item in items if item is not None] + unlike_items(status, roles)
 
 
-def unlike_items(status: DeploymentStatus) -> list[MissingItem]:
-    """Return the models of the workers whose cards differ: requests to some of the workers would be made for the others."""
+def unlike_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[MissingItem]:
+    """Return the models of the workers whose cards differ: requests to some of the workers would be made for the others.
+
+    Args:
+        status: the deployment's status.
+        roles: only workers of these roles; all if empty.
+    """
     models = models_of(status)
-    return [MissingItem(each.model, each.text) for each in status.unlike if (each.namespace, each.model) in models]
+    found = [each for each in status.unlike if (each.namespace, each.model) in models]
+    # runtimes differ in the kind of a decode worker's card
+    return [
+        MissingItem(each.model, each.text)
+        for each in found
+        if not roles or ("prefill" in roles if each.kind == "prefill" else set(roles) - {"prefill"})
+    ]
 
 
 def models_of(status: DeploymentStatus) -> list[tuple[str, str]]:

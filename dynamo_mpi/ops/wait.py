@@ -247,7 +247,7 @@ class ReadinessWaiter:
         missing = "; ".join(map(str, self._outcome.missing))
         problem = f"not ready after {self._request.timeout:g} s: {missing}"
         status = self._outcome.status
-        if status is not None and self._outcome.missing == unlike_items(status):
+        if status is not None and self._outcome.missing == unlike_items(status, self._request.roles):
             return LayoutError(
                 problem,
                 expected="workers of one model with one card, as their frontends take one for all",

@@ -180,8 +180,8 @@ def test_the_status_names_a_model_once() -> None:
         entry(content(context_length=9), "other/backend/generate/a6", 6),
     ]
     cards[4] = entry(content(context_length=9, worker_type="prefill"), "dynamo/prefill/generate/a5", 5)
-    ((namespace, model, line),) = unlike_models(read_cards(reversed(cards)))
-    assert (namespace, model) == ("dynamo", "m")
+    ((namespace, model, kind, line),) = unlike_models(read_cards(reversed(cards)))
+    assert (namespace, model, kind) == ("dynamo", "m", "aggregated")
     assert "the cards of m in dynamo differ" in line
     assert ": context length 2048 at backend/a1, 1 at backend/a3; 1 more card unlike the first" in line
 

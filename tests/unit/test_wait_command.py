@@ -139,6 +139,26 @@ def test_workers_whose_model_cards_differ_are_not_ready(board: Board, run: Run) 
     assert run(then=lambda: board.remove(former))[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "roles", "code"),
+    [
+        ("prefill", "", 78),
+        ("prefill", "prefill", 78),
+        ("prefill", "decode", 0),
+        ("decode", "prefill", 0),
+        ("decode", "decode", 78),
+        ("aggregated", "decode", 78),
+    ],
+)
+def test_unlike_cards_of_another_role_are_no_reason(board: Board, run: Run, kind: str, roles: str, code: int) -> None:
+    for role in ("prefill", "decode"):
+        board.worker(role, role, phase="serve")
+    for instance, length in (("a1", 256), ("a2", 128)):
+        board.card(instance, display_name="M", context_length=length, worker_type=kind)
+    words = ("--role", roles) if roles else ()
+    assert run(*words, "--timeout", "0.2")[0] == code
+
+
 def test_unlike_cards_are_no_reason_where_a_worker_still_loads(board: Board, run: Run) -> None:
     board.worker("prefill", "a", phase="load")
     board.card("a1", display_name="M", context_length=256)
