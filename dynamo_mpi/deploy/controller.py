@@ -173,7 +173,10 @@ class DeploymentController:
             if not waiting and not announced:
                 announced = self._announce()
                 continue
-            if waiting and (seconds := reminders.due()):
+            if not waiting:
+                # a worker that has failed is waited for from then on
+                reminders = ReminderSchedule(*REMINDER_SECONDS)
+            elif seconds := reminders.due():
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
             self._pause()
 
