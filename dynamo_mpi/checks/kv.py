@@ -136,7 +136,11 @@ class KvPathCheck:
                 return 0
             seconds = self._settings.seconds + _REST_SECONDS
             self._mail.send(0, self._handle_order(order))
-        raise RetryableError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
+        raise RetryableError(
+            f"rank 0 has sent nothing for {seconds:.0f} s",
+            expected="an order from rank 0, or its end",
+            fix="read what rank 0 reports",
+        )
 
     def _handle_order(self, order: Content) -> Content:
         """Pull from a source, or prepare for that."""
@@ -170,7 +174,11 @@ class KvPathCheck:
         self._lost = {host: f"{host} sends nothing to rank 0 on {self._host}" for host in missing}
         without = [h["host"] for h in hellos if h and not h["nixl"]] if settings.transport != TCP else []
         if settings.transport == NIXL and without:
-            raise UsageError(f"NIXL is not installed on {listed(without)}", fix="install it there, or --transport tcp")
+            raise UsageError(
+                f"NIXL is not installed on {listed(without)}",
+                expected="NIXL on every host of the check",
+                fix="install it there, or --transport tcp",
+            )
         transport = TCP if without or settings.transport == TCP else NIXL
         order = {"key": secrets.token_hex(32), "transport": transport}
         opened = self._order(dict.fromkeys(self._ranks, order), _LOAD_SECONDS)
@@ -248,7 +256,9 @@ def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:
 
 def _never_started(log: RankLogger) -> NoReturn:
     error = PhaseTimeoutError(
-        f"MPI has not started in {START_SECONDS:g} s", fix="check that all hosts reach each other"
+        f"MPI has not started in {START_SECONDS:g} s",
+        expected="all ranks of the check, started by one srun or mpirun",
+        fix="check that all hosts reach each other",
     )
     log.error(f"error in kv check: {error}")
     os._exit(error.exit_code)

@@ -150,6 +150,7 @@ def _end_deployment(run_dir: Path, folder: OwnFolder, launch: RunningLaunch, sec
         if time.monotonic() > end:
             raise PhaseTimeoutError(
                 f"the deployment in {run_dir} has not ended after {seconds:g} s",
+                expected="an end within --timeout",
                 fix=f"look at its log, or scancel {shell_word(launch.job_id) if launch.job_id else 'its job'}",
             )
         time.sleep(POLL_SECONDS)
@@ -199,7 +200,9 @@ def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, 
             found = (
                 f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
             )
-            raise PhaseTimeoutError(found, fix=f"scancel {shell_word(job_id)}")
+            raise PhaseTimeoutError(
+                found, expected="no step of this deployment, within --timeout", fix=f"scancel {shell_word(job_id)}"
+            )
         time.sleep(POLL_SECONDS)
 
 

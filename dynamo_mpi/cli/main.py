@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, fix=f"{self.prog} --help")
+        raise UsageError(message, expected="flags and words as --help has them", fix=f"{self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.run_files import open_run_dir
+from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
 from dynamo_mpi.ops.deployment import RUN_DIR, NoRunDirError, find_run_dir, read_launch
 from dynamo_mpi.ops.replace import replace_node, require_replaceable
 
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with open_run_dir(run_dir) as folder:
             launch = read_launch(run_dir, folder)
+            if launch is None and not is_run_dir(folder):
+                raise NoRunDirError(run_dir)
             if launch is None:
                 raise UsageError(
                     f"no deployment runs in {run_dir}",

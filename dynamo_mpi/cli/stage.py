@@ -125,6 +125,7 @@ def _copy(copying: _Copying) -> int:
     except OSError as error:
         raise UsageError(
             f"{command.words[0]} can't be run: {error.strerror}",
+            expected="srun, which starts the step on the nodes",
             fix="run this on the host, with Slurm's commands on PATH",
         ) from None
 
@@ -139,9 +140,17 @@ def _show(folder: str, names: list[str], *, as_json: bool) -> int:
         kept = _unstage(folder, names) if names else []
         staged = read_staged(folder)
     except FileNotFoundError:
-        raise UsageError(f"there is no folder {folder} on {host_name()}", fix="correct --stage") from None
+        raise UsageError(
+            f"there is no folder {folder} on {host_name()}",
+            expected="a folder on a disk of this node, in which copies are kept",
+            fix="correct --stage",
+        ) from None
     except StageError as error:
-        raise UsageError(str(error), fix="correct --stage, or the folder's rights") from None
+        raise UsageError(
+            str(error),
+            expected="a folder of copies that only this user can write",
+            fix="correct --stage, or the folder's rights",
+        ) from None
     if as_json:
         listed = [entry._asdict() for entry in staged.entries]
         write_out(json.dumps({"host": host_name(), "folder": staged.path, "free": staged.free, "copies": listed}))

@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         write_own(out, content.encode(errors="replace"))
     except OSError as error:
         raise UsageError(
-            f"{out} can't be written: {error.strerror}", fix=fix_for(error, "check its folder and rights")
+            f"{out} can't be written: {error.strerror}",
+            expected="a file that this user can write",
+            fix=fix_for(error, "check its folder and rights"),
         ) from None
     return 0
 
@@ -136,7 +138,11 @@ def _starts_of(run_dir: Path) -> list[StartupTrace]:
     except (FileNotFoundError, NotADirectoryError):
         starts = []
     except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}", fix=fix_for(error, "check its rights")) from None
+        raise UsageError(
+            f"{path} can't be read: {error.strerror}",
+            expected="timelines that this user can read",
+            fix=fix_for(error, "check its rights"),
+        ) from None
     if not starts:
         _require_run_dir(run_dir)
         raise UsageError(

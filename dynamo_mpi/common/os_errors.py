@@ -47,7 +47,11 @@ def of_os_error(error: OSError) -> DynamoMpiError:
     if error.errno in _NO_FILES:
         return UsageError(f"{where}too many open files", expected="a higher limit", fix="raise it: ulimit -n")
     kind = "network" if isinstance(error, (ConnectionError, TimeoutError)) else "file system"
-    return EngineError(f"{kind} error: {where}{error.strerror or error}", fix="check its path, rights and state")
+    return EngineError(
+        f"{kind} error: {where}{error.strerror or error}",
+        expected="a file system and a network that answer",
+        fix="check its path, rights and state",
+    )
 
 
 def no_more_processes() -> UsageError:

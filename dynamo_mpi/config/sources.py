@@ -78,7 +78,9 @@ class WorkerSources:
             loaded = parse_yaml(text, f"the settings file {path}", "`name: value` lines", may_be_empty=True)
         except OSError as error:
             return ConfigFileError(
-                f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
+                f"the settings file {path} can't be read: {error.strerror}",
+                expected="a YAML file that every rank can read",
+                fix="check its path and rights",
             )
         except DynamoMpiError as error:
             return error

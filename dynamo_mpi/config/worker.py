@@ -164,6 +164,7 @@ def load_settings(sources: WorkerSources) -> Settings:
     if passed_on and values["engine"] != "trtllm":
         raise UsageError(
             f"Unrecognized arguments: {' '.join(passed_on)}",
+            expected="the worker's flags",
             fix="python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need --engine trtllm",
         )
     if passed_on and not passed_on[0].startswith("--"):

@@ -234,7 +234,11 @@ def _run(openssl: str, words: Sequence[str], folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise DynamoMpiError(f"openssl {words[0]} takes longer than {OPENSSL_SECONDS:g} s", fix=_WITHOUT[3:]) from None
+        raise DynamoMpiError(
+            f"openssl {words[0]} takes longer than {OPENSSL_SECONDS:g} s",
+            expected="keys and certificates within that time",
+            fix=_WITHOUT[3:],
+        ) from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise DynamoMpiError(

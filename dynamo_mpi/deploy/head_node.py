@@ -84,9 +84,10 @@ class Ports:
         by = holder(wanted)
         taken = f"port {wanted} of {self._host} is taken" + (f" by {by}" if by else ", or this user may not have it")
         if self._port.fixed:
-            raise UsageError(taken, fix=f"another {setting}, or none: then a free one is taken")
+            raise UsageError(taken, expected="a free port", fix=f"another {setting}, or none: then a free one is taken")
         raise DiscoveryError(
             f"{taken}, and so are the {len(self._all) - 1} others that this job tries, up to {self._all[-1]}",
+            expected="one free port of these",
             fix=f"name a free one by {setting}, or look for what earlier jobs have left on this node",
         )
 
@@ -181,6 +182,7 @@ class HeadNode(ServiceStack):
         if ":" in address:
             raise UsageError(
                 f"etcd is to listen at {address} with certificates, and Dynamo's runtime takes no IPv6 address in an https:// endpoint",
+                expected="an IPv4 address, or etcd without certificates",
                 fix="an IPv4 --address, or --credentials none",
             )
         return self.make_credentials(address, LOOPBACK, "localhost", socket.gethostname())

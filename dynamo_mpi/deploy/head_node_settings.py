@@ -191,7 +191,11 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             fix="--run-dir DIR, or DYN_MPI_RUN_DIR=DIR",
         )
     if moved := [word for word in rest if word.partition("=")[0] in _OURS]:
-        raise UsageError(f"{moved[0]} stands after the --", fix=f"say {moved[0]} before it: {PROGRAM} decides on it")
+        raise UsageError(
+            f"{moved[0]} stands after the --",
+            expected="only flags of the frontend after the --",
+            fix=f"say {moved[0]} before it: {PROGRAM} decides on it",
+        )
 
     def port(name: str) -> Port:
         flag = next(option.flags[0] for option in OPTIONS if option.name == name)

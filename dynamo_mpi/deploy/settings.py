@@ -306,5 +306,9 @@ def read_settings(
             fix="unset IMAGE, or launch with Slurm and Pyxis",
         )
     if settings.launcher == "mpirun" and settings.hostfile is None:
-        raise UsageError("mpirun needs to know the hosts", fix="--hostfile FILE, one host on a line")
+        raise UsageError(
+            "mpirun needs to know the hosts",
+            expected="a file with the hosts",
+            fix="--hostfile FILE, one host on a line",
+        )
     return settings

@@ -144,5 +144,7 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
         write_timeline(path, starts)
     except OSError as error:
         raise UsageError(
-            f"the timeline {path} can't be written: {error.strerror}", fix=fix_for(error, "check its folder and rights")
+            f"the timeline {path} can't be written: {error.strerror}",
+            expected="a file that this user can write",
+            fix=fix_for(error, "check its folder and rights"),
         ) from None

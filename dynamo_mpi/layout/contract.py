@@ -183,7 +183,8 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             "F11",
             "TensorRT-LLM 1.2 can hang when prefill has pipeline stages and decode has tensor parallelism",
             found=f"prefill pp_size {prefill.pp_size}, decode tp_size {decode.tp_size}",
-            expected="pipeline_parallel_size 1 on the prefill side, or another release",
+            expected="no pipeline stages on the prefill side with 1.2",
+            fix="set pipeline_parallel_size to 1 for prefill, or take another release",
         )
     if prefill.max_seq_len is not None and decode.max_seq_len is not None and prefill.max_seq_len > decode.max_seq_len:
         yield warning(

@@ -172,7 +172,11 @@ def _read(name: str, config: str) -> ModelFiles:
     except FileNotFoundError:
         quant_text = None
     except OSError as error:
-        raise ModelNotFoundError(f"{quant} can't be read: {error.strerror}", fix="check its rights") from None
+        raise ModelNotFoundError(
+            f"{quant} can't be read: {error.strerror}",
+            expected="a file that this user can read, or none",
+            fix="check its rights",
+        ) from None
     return ModelFiles(name, config, text, quant_text)
 
 

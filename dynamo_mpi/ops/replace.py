@@ -123,12 +123,14 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
         elif DEPLOYMENT not in folder.names():
             raise RetryableError(
                 f"the deployment in {run_dir} has ended, before {node} was taken out",
+                expected="a running deployment",
                 fix="look at its log: dynamo-mpi status",
             )
         if time.monotonic() - began > seconds:
             where = _describe(answers[-1]) if answers else "launch hasn't taken the request"
             raise PhaseTimeoutError(
                 f"{node} isn't out after {seconds:g} s: {where}",
+                expected="a deployment without the node, within --timeout",
                 fix="dynamo-mpi status shows how far it is; a longer --timeout where requests or the load take longer",
             )
         time.sleep(POLL_SECONDS)

@@ -193,6 +193,7 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
             listed = "; ".join(f"{w.role} on {format_nodes(w.hosts)}: {format_position(w, now)}" for w in records)
             raise PhaseTimeoutError(
                 f"not ended in time: {listed or 'its process is still there'}{problem}",
+                expected="an end of all workers within --timeout",
                 fix="a longer --timeout where requests take longer, or end its launcher",
             )
         time.sleep(max(0.0, min(POLL_SECONDS, end - time.monotonic())))

@@ -185,7 +185,11 @@ class ReadinessWaiter:
     def _require_not_ended(self, deployment: Deployment) -> None:
         end, launch = deployment.end, deployment.launch
         if self._was_launched and deployment.is_missing:  # `local` removes its folder
-            raise RetryableError(f"the deployment in {deployment.run_dir} has ended", fix="start it again")
+            raise RetryableError(
+                f"the deployment in {deployment.run_dir} has ended",
+                expected="a running deployment",
+                fix="start it again",
+            )
         if end is not None:
             is_ours = end.time >= self._began_at
             if is_ours or time.monotonic() > self._began + STALE_SECONDS:
@@ -255,6 +259,7 @@ class ReadinessWaiter:
             )
         return PhaseTimeoutError(
             problem,
+            expected="a worker of each role that serves, and a completion",
             fix="a longer --timeout if it only takes longer; dynamo-mpi status shows more",
         )
 

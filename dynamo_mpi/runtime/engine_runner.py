@@ -52,7 +52,11 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
     try:
         engine.submit(request, chunks.put)
     except RequestError as error:
-        raise EngineError(f"the engine refused the first request: {error}") from None
+        raise EngineError(
+            f"the engine refused the first request: {error}",
+            expected="a prompt of one token that it takes",
+            fix="look at max_seq_len and max_num_tokens in the engine config",
+        ) from None
     generated = 0
     while True:
         try:
@@ -60,13 +64,18 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
         except queue.Empty:
             raise PhaseTimeoutError(
                 f"the first completion took more than {timeout:g} s ({generated} of {_TOKENS} tokens came out)",
+                expected="a completion within --warmup-timeout",
                 fix="look at the ranks' logs; --warmup-timeout gives it longer",
             ) from None
         generated += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             break
     if chunk.finish_reason in ("error", "cancelled") or generated == 0:
-        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {generated} tokens")
+        raise EngineError(
+            f"the first completion failed: {chunk.error or chunk.finish_reason}, {generated} tokens",
+            expected=f"{_TOKENS} tokens",
+            fix="look at the ranks' logs",
+        )
     return time.monotonic() - start
 
 
@@ -192,7 +201,9 @@ class EngineRunner:
             close(engine, _CLOSE_SECONDS)
             if failures:
                 raise EngineError(
-                    f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
+                    f"the engine failed: {failures[0]}",
+                    expected="an engine whose ranks all run",
+                    fix="look at the ranks' logs, and start the worker again",
                 )
             self._release_ranks(code)
         self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")

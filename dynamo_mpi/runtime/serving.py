@@ -210,7 +210,11 @@ async def _cancel_in_flight(handler: RequestHandler, log: RankLogger) -> None:
 
 
 def _engine_error(when: str, cause: BaseException) -> EngineError:
-    error = EngineError(f"the engine failed {when}: {cause or type(cause).__name__}")
+    error = EngineError(
+        f"the engine failed {when}: {cause or type(cause).__name__}",
+        expected="an engine whose ranks all run",
+        fix="look at the ranks' logs, and start the worker again",
+    )
     error.__cause__ = cause
     return error
 

@@ -28,7 +28,11 @@ def runtime_error(error: BaseException) -> DynamoMpiError:
     """Return the `DynamoMpiError` for an error of the runtime."""
     text = " ".join(str(error).split())
     if "environment variable" in text:
-        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+        return UsageError(
+            f"the Dynamo runtime can't read its environment: {text}",
+            expected="variables as Dynamo documents them",
+            fix="correct that DYN_* variable",
+        )
     if "address already in use" in text.lower():
         return UsageError(
             f"the Dynamo runtime can't bind its port: {text}",

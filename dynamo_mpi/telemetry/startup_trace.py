@@ -147,7 +147,11 @@ def read_traces(path: Path, folder: OwnFolder | None = None) -> tuple[StartupTra
             with open(path, encoding="utf-8") as file:
                 content = file.read(MOST_FILE_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}", fix="check its path and rights") from None
+        raise UsageError(
+            f"{path} can't be read: {error.strerror}",
+            expected="a page or trace that a worker has written",
+            fix="check its path and rights",
+        ) from None
     except UnicodeDecodeError:
         content = ""
     try:

@@ -79,7 +79,9 @@ class LeaderPod:
             server = await asyncio.start_server(self._admit, address, self._settings.port, limit=MOST_LINE)
         except OSError as error:
             raise UsageError(
-                f"{address} port {self._settings.port} can't be listened at: {error.strerror}", fix="--port N"
+                f"{address} port {self._settings.port} can't be listened at: {error.strerror}",
+                expected="an address of this pod, and a free port",
+                fix="--port N",
             ) from None
         try:
             agents = await asyncio.start_unix_server(self._serve_agent, self._folder / "agent", limit=MOST_LINE)
@@ -146,7 +148,9 @@ class LeaderPod:
                 *words, env=mpirun_environment(os.environ, self._folder), start_new_session=True
             )
         except OSError as error:
-            raise UsageError(f"{words[0]} can't be started: {error.strerror}", fix="--mpirun PATH") from None
+            raise UsageError(
+                f"{words[0]} can't be started: {error.strerror}", expected="the mpirun of Open MPI", fix="--mpirun PATH"
+            ) from None
         if early := self._signal:
             # the signal arrived before mpirun was started; no rank runs
             self._mpirun.terminate()

@@ -157,10 +157,14 @@ def load_lead(argv: Sequence[str], environ: Mapping[str, str]) -> LeadSettings:
     at = words.index("--") if "--" in words else len(words)
     values, _ = resolve(LEAD_OPTIONS, vars(build_lead_parser().parse_args(words[:at])), environ, {})
     if values["pods"] is None:
-        raise UsageError("the number of pods wasn't given", fix="--pods N, or DYN_MPI_PODS=N")
+        raise UsageError(
+            "the number of pods wasn't given", expected="how many pods the group has", fix="--pods N, or DYN_MPI_PODS=N"
+        )
     if not words[at + 1 :]:
         raise UsageError(
-            "no command for the ranks was given", fix=f"{PROGRAM} lead … -- python3 -m dynamo_mpi.worker …"
+            "no command for the ranks was given",
+            expected="what each rank runs, after --",
+            fix=f"{PROGRAM} lead … -- python3 -m dynamo_mpi.worker …",
         )
     return LeadSettings(**_with_secret(values), command=tuple(words[at + 1 :]))
 
@@ -173,11 +177,19 @@ def load_join(argv: Sequence[str], environ: Mapping[str, str], host: str) -> Joi
     """
     values, _ = resolve(JOIN_OPTIONS, vars(build_join_parser().parse_args(list(argv))), environ, {})
     if values["leader"] is None:
-        raise UsageError("the leader wasn't given", fix="--leader NAME, or DYN_MPI_PODS_LEADER=NAME")
+        raise UsageError(
+            "the leader wasn't given",
+            expected="the name of the group's first pod",
+            fix="--leader NAME, or DYN_MPI_PODS_LEADER=NAME",
+        )
     if values["index"] is None:
         number = host.rpartition("-")[2]
         if not number.isdecimal():
-            raise UsageError(f"{host} doesn't end with a number, so this pod's place isn't known", fix="--index N")
+            raise UsageError(
+                f"{host} doesn't end with a number, so this pod's place isn't known",
+                expected="a name that ends with -N, as LeaderWorkerSet gives",
+                fix="--index N",
+            )
         values["index"] = int(number)
     return JoinSettings(**_with_secret(values))
 
@@ -190,7 +202,11 @@ def _with_secret(values: dict[str, Any]) -> dict[str, Any]:
     try:
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise UsageError(f"the secret {path} can't be read: {error.strerror}", fix=fix) from None
+        raise UsageError(
+            f"the secret {path} can't be read: {error.strerror}",
+            expected="a file with what only this group's pods know",
+            fix=fix,
+        ) from None
     if len(secret) < LEAST_SECRET_BYTES:
         raise UsageError(
             f"the secret in {path} has {len(secret)} bytes",

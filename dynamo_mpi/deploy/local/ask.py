@@ -112,7 +112,9 @@ def _network(what: str = "broke off") -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise EngineError(f"the frontend {what}: {reason}") from error
+        raise EngineError(
+            f"the frontend {what}: {reason}", expected="a frontend that answers", fix="look at its log and the worker's"
+        ) from error
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -136,12 +138,14 @@ def read_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         elif field == "event":
             kind = value
         elif kind == "error" or (field == "data" and value.startswith('{"error"')):
-            raise EngineError(f"the answer ended with an error: {value}")
+            raise EngineError(
+                f"the answer ended with an error: {value}", expected="a whole answer", fix="look at the worker's log"
+            )
         elif field == "data" and value == "[DONE]":
             return
         elif field == "data":
             yield json.loads(value)
-    raise EngineError("the answer broke off")
+    raise EngineError("the answer broke off", expected="a whole answer", fix="look at the worker's log")
 
 
 def _collect(events: Iterable[dict[str, Any]], started: float, on_text: Callable[[str], None]) -> Answer:
@@ -160,7 +164,7 @@ def _collect(events: Iterable[dict[str, Any]], started: float, on_text: Callable
                 on_text(piece)
     total = time.monotonic() - started
     if first is None and not usage.get("completion_tokens"):
-        raise EngineError("the answer holds no token")
+        raise EngineError("the answer holds no token", expected="at least one", fix="look at the worker's log")
     return Answer(
         text="".join(pieces),
         finish_reason=finish_reason,
@@ -181,7 +185,9 @@ def _refuse(status: int, body: str) -> None:
             expected="a request that the model and the engine take",
             fix="a shorter question, fewer --max-tokens, or a larger --max-seq-len where it is too long",
         )
-    raise EngineError(f"the frontend answered {status}: {reason}", fix="look at the worker's log")
+    raise EngineError(
+        f"the frontend answered {status}: {reason}", expected="200, and the answer", fix="look at the worker's log"
+    )
 
 
 def _reason(body: str) -> str:

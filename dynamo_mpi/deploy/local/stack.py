@@ -122,7 +122,9 @@ class LocalStack(ServiceStack):
         programs.require_packages()
         http_port = self._settings.http_port
         if http_port is not None and not is_free(http_port):
-            raise UsageError(f"port {http_port} of {LOOPBACK} is taken", fix="choose another --http-port")
+            raise UsageError(
+                f"port {http_port} of {LOOPBACK} is taken", expected="a free port", fix="choose another --http-port"
+            )
         os.getcwd()  # mpirun needs one: raise before anything is started
         require_loopback()
         self._require_space()

@@ -129,7 +129,11 @@ class ReferenceEngine:
         entry = Served(callback, generator, descriptor)
         with self._wake:
             if self._failure is not None:
-                raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
+                raise EngineError(
+                    f"the engine has failed: {self._failure}",
+                    expected="an engine whose ranks all run",
+                    fix="start the worker again",
+                )
             if self._thread is None or self._closing:
                 raise EngineError("the engine is not running")
             self._in_flight.add(request.request_id, entry)

@@ -164,10 +164,18 @@ def readiness_error(message: Mapping[str, Any], *, registered: bool) -> DynamoMp
         registered: whether the probe had found the worker's registration.
     """
     if died := message.get("died"):
-        return EngineError(died, fix="start the worker again; check dmesg for a lack of memory on this node")
+        return EngineError(
+            died,
+            expected="an answer of the readiness probe",
+            fix="start the worker again; check dmesg for a lack of memory on this node",
+        )
     text = message.get("error", message)
     if registered:
-        return EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
+        return EngineError(
+            f"the first completion failed: {text}",
+            expected="a completion of two tokens",
+            fix="look at the lines of dynamo.trtllm above",
+        )
     return DiscoveryError(
         f"rank 0 can't find out whether the worker is registered: {text}",
         expected="etcd, and NATS if it is used, must answer",

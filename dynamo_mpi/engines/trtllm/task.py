@@ -93,6 +93,7 @@ def kill_error(lines: Sequence[str]) -> DynamoMpiError:
         )
     return EngineError(
         f"TensorRT-LLM's loop crashed and kills all ranks; its last errors:\n{last}",
+        expected="an executor loop without exceptions",
         fix="look at the traceback that it has logged on this rank",
     )
 

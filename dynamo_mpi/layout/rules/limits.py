@@ -150,6 +150,7 @@ def check_attention_backend(subject: LayoutSpec) -> Iterator[Finding]:
             "H8",
             "FlashMLA sets tokens_per_block to 64, whatever the config says",
             found=f"attn_backend {backend}, kv_cache_config.tokens_per_block {said}",
+            expected="tokens_per_block 64 with FlashMLA",
             fix="set kv_cache_config: {tokens_per_block: 64}",
         )
     if backend == "VANILLA" and subject.role != "agg":
@@ -157,6 +158,7 @@ def check_attention_backend(subject: LayoutSpec) -> Iterator[Finding]:
             "H8",
             "the VANILLA attention backend sets tokens_per_block to max_num_tokens: the other role has to do the same",
             found=f"attn_backend {backend}, role {subject.role}",
+            expected="blocks of one size in both roles",
             fix="use attn_backend: TRTLLM",
         )
     if backend == "FLASHINFER" and subject.config.kv_cache.enable_block_reuse:

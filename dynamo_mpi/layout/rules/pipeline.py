@@ -185,6 +185,7 @@ def check_known_bugs(subject: LayoutSpec) -> Iterator[Finding]:
             f"TensorRT-LLM {subject.version} is known to fail on several nodes with one GPU each",
             found=str(cluster),
             expected="TensorRT-LLM 1.1 or newer, or more GPUs per node",
+            fix="take a newer release, or nodes with more GPUs",
         )
     if subject.role != "agg" and layout.pp_size > 1 and subject.config.kv_cache.enable_block_reuse:
         yield warning(
