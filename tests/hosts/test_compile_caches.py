@@ -55,7 +55,7 @@ class Ranks:
 
     def result_of(self, process: Any) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         try:
-            stdout, stderr = process.communicate(timeout=90)
+            stdout, stderr = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             process.end()
             raise AssertionError("the ranks hang") from None
@@ -129,7 +129,7 @@ def test_a_process_that_hangs_is_given_up_in_time(ranks: Ranks, hosts: Hosts) ->
     (problem,) = result["problems"]
     assert problem == "h2: no answer within 4 s: the shared file system may hang"
     assert kernels == [(0, KERNELS)] * 2 * PER_HOST
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120
     assert ranks.left() == []
 
 
