@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,8 @@ def stage(world: World, arguments: argparse.Namespace, hosts: list[str]) -> dict
         world.broadcast()
         return {"error": error.problem}
     staging.accept(world.broadcast(outcome.path.encode()).decode())
-    return {"path": outcome.path, "problem": outcome.problem, **outcome.figures}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return {"path": outcome.path, "problem": outcome.problem, "rank_memory_bytes": memory, **outcome.figures}
 
 
 def await_part(folder: str, seconds: float = 20.0) -> bool:
