@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,3 +20,11 @@ def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A node's disk, for TMPDIR; short, as a unix socket's name holds 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="t-")
+    yield Path(folder)
+    shutil.rmtree(folder)

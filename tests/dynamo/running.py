@@ -27,7 +27,7 @@ from dynamo_mpi.common.subprocess import LoggedProcess, session_members
 from dynamo_mpi.deploy.programs import find_etcd, find_nats_server
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 from dynamo_mpi.discovery.records import WorkerRecord, worlds_of
-from tests.conftest import find_mpirun, mpi_environment
+from tests.conftest import ROOT, find_mpirun, mpi_environment
 
 T = TypeVar("T")
 _LISTEN = "0A"  # a state in /proc/net/tcp
@@ -307,6 +307,58 @@ class RunningWorker:
         for path in shared:
             if "_segment." in path:  # Open MPI's
                 Path(path).unlink(missing_ok=True)
+
+
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+ENGINE_WORDS = {
+    "reference": ("--engine", "reference", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2"),
+    "trtllm": ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2"),
+}
+
+
+@contextmanager
+def worker_starter(
+    folder: Path, etcd: EtcdServer, model: Path, temporary: Path, **usual: str
+) -> Iterator[Callable[..., RunningWorker]]:
+    """Provide a function that starts workers: two ranks of the reference engine, three of the stand-in of TensorRT-LLM. What is left
+    of them is killed.
+
+    Args:
+        folder: for their output and ready files.
+        etcd: their etcd.
+        model: their model, unless the call names another.
+        temporary: their TMPDIR; short, as a unix socket's name holds 107 bytes.
+        usual: variables of all of them.
+    """
+    workers: list[RunningWorker] = []
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    own = {
+        **UNBOUND,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
+        "ETCD_ENDPOINTS": etcd.url,
+        **usual,
+    }
+
+    def begin(
+        *flags: str, role: str = "agg", engine: str = "reference", model: Path = model, **more: str
+    ) -> RunningWorker:
+        words = ("--role", role, *ENGINE_WORDS[engine], *flags)
+        name, ranks = f"{len(workers)}-{role}", 2 if engine == "reference" else 3
+        workers.append(RunningWorker(folder, etcd, model, ranks, *words, name=name, **{**own, **more}))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+
+
+def terminate(worker: RunningWorker) -> None:
+    """End a worker by SIGTERM, in order."""
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
 
 
 def pem_lines(key: str) -> list[str]:

@@ -6,65 +6,32 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker
+from tests.dynamo.running import EtcdServer, RunningWorker, terminate, worker_starter
 from tests.namespaces.processes import all_pids
 
 pytestmark = pytest.mark.dynamo
 RANKS, KERNELS = 3, 4
-WORDS = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
 Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def temporary() -> Iterator[Path]:
-    """This node's disk; short, as a unix socket's name holds 107 bytes."""
-    folder = tempfile.mkdtemp(prefix="t-")
-    yield Path(folder)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
 def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
-    """Start workers with one archive folder; what is left of them is killed."""
-    workers: list[RunningWorker] = []
-    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    """Start TensorRT-LLM's workers with one archive folder."""
     usual = {
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(temporary),
         # other tests set it, to keep out of the home directory
         "TRTLLM_CACHE_DIR": "",
         "DYN_MPI_CACHE": str(tmp_path / "shared"),
         "STANDIN_TRTLLM_KERNELS": str(KERNELS),
-        "ETCD_ENDPOINTS": etcd.url,
     }
-
-    def begin(*flags: str, **more: str) -> RunningWorker:
-        words = ("--role", "agg", *WORDS, *flags)
-        name = f"{len(workers)}-agg"
-        workers.append(RunningWorker(tmp_path, etcd, model_dir, RANKS, *words, name=name, **{**usual, **more}))
-        return workers[-1]
-
-    yield begin
-    for worker in workers:
-        worker.stop()
-
-
-def terminate(worker: RunningWorker) -> None:
-    os.kill(worker.rank_zero(), signal.SIGTERM)
-    assert worker.wait() == 0, worker.text()
+    with worker_starter(tmp_path, etcd, model_dir, temporary, **usual) as begin:
+        yield partial(begin, engine="trtllm")
 
 
 def variables(pid: int) -> list[str]:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,17 +14,19 @@ import pytest
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.stage.manifest import scan
 from dynamo_mpi.stage.store import LOCK, PARTIAL, Store
-from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend, system_port
+from tests.dynamo.running import (
+    EtcdServer,
+    RunningWorker,
+    eventually,
+    running_frontend,
+    system_port,
+    terminate,
+    worker_starter,
+)
 from tests.dynamo.test_refused_requests import post
 from tests.namespaces.processes import all_pids, command_line
 
 pytestmark = pytest.mark.dynamo
-UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
-WORDS = {
-    "reference": ("--engine", "reference", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2"),
-    "trtllm": ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2"),
-}
 Start = Callable[..., RunningWorker]
 
 
@@ -37,38 +37,10 @@ def model(tmp_path: Path, model_dir: Path) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model: Path) -> Iterator[Start]:
-    """Start workers that stage below ``tmp_path / "local"``; what is left of them is killed."""
-    workers: list[RunningWorker] = []
-    # short: a unix socket's name holds 107 bytes
-    temporary = tempfile.mkdtemp(prefix="t-")
-    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
-    usual = {
-        **UNBOUND,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": temporary,
-        "DYN_MPI_STAGE": str(tmp_path / "local"),
-        "ETCD_ENDPOINTS": etcd.url,
-    }
-
-    def begin(*flags: str, engine: str = "reference", **more: str) -> RunningWorker:
-        ranks = 2 if engine == "reference" else 3
-        name = f"{len(workers)}-agg"
-        words = ("--role", "agg", *WORDS[engine], *flags)
-        workers.append(RunningWorker(tmp_path, etcd, model, ranks, *words, name=name, **{**usual, **more}))
-        return workers[-1]
-
-    yield begin
-    for worker in workers:
-        worker.stop()
-    shutil.rmtree(temporary)
-
-
-def terminate(worker: RunningWorker) -> None:
-    os.kill(worker.rank_zero(), signal.SIGTERM)
-    assert worker.wait() == 0, worker.text()
+def start(tmp_path: Path, etcd: EtcdServer, model: Path, temporary: Path) -> Iterator[Start]:
+    """Start workers that stage below ``tmp_path / "local"``."""
+    with worker_starter(tmp_path, etcd, model, temporary, DYN_MPI_STAGE=str(tmp_path / "local")) as begin:
+        yield begin
 
 
 @pytest.mark.landing("reference")

@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,60 +20,31 @@ from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import WorkerRecord, list_workers
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.certificates import certificates, without_certificate
-from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, terminate, worker_starter
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import running_secured_etcd
 
 pytestmark = pytest.mark.dynamo
 WORLDS = "dynamo_mpi/v1/worlds/"
 BLOCKS = ("--override-engine-args", '{"kv_cache_config": {"tokens_per_block": 64}}')
-REFERENCE = (*("--engine", "reference", "--kv-network", "127.0.0.1"), *("--pipeline-parallel-size", "2"))
-TRTLLM = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+KV_NETWORK = ("--kv-network", "127.0.0.1")
 TRANSCEIVER = ("--trtllm.cache_transceiver_config.backend", "DEFAULT")
 BLOCKS_TRTLLM = ("--trtllm.kv_cache_config.tokens_per_block", "64")
-UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
 # from launch to the end, on two busy cores; a load alone takes longer with three
 REFUSAL_SECONDS = 8.0
 Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
-    """Start workers of two ranks; what is left of them is killed."""
-    workers: list[RunningWorker] = []
-    # short: a unix socket's name holds 107 bytes
-    temporary = tempfile.mkdtemp(prefix="t-")
-    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
-    usual = {
-        **UNBOUND,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": temporary,
-    }
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
+    """Start workers that transfer KV on this host."""
+    with worker_starter(tmp_path, etcd, model_dir, temporary) as begin:
 
-    def begin(role: str, *flags: str, engine: str = "reference", model: Path = model_dir, **more: str) -> RunningWorker:
-        ranks = 2 if engine == "reference" else 3
-        own = (*REFERENCE, "--tensor-parallel-size", "1") if engine == "reference" else TRTLLM
-        if engine == "trtllm" and role != "agg":
-            own = (*own, *TRANSCEIVER)
-        name = f"{len(workers)}-{role}"
-        words = ("--role", role, *own, *flags)
-        server = more.pop("ETCD_ENDPOINTS", etcd.url)
-        variables = {**usual, "ETCD_ENDPOINTS": server, **more}
-        workers.append(RunningWorker(tmp_path, etcd, model, ranks, *words, name=name, **variables))
-        return workers[-1]
+        def begin_role(role: str, *flags: str, engine: str = "reference", **more: Any) -> RunningWorker:
+            own = KV_NETWORK if engine == "reference" else () if role == "agg" else TRANSCEIVER
+            return begin(*own, *flags, role=role, engine=engine, **more)
 
-    yield begin
-    for worker in workers:
-        worker.stop()
-    shutil.rmtree(temporary)
-
-
-def terminate(worker: RunningWorker) -> None:
-    os.kill(worker.rank_zero(), signal.SIGTERM)
-    assert worker.wait() == 0, worker.text()
+        yield begin_role
 
 
 def phases(etcd: EtcdServer) -> list[str | None]:

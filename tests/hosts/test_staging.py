@@ -210,7 +210,8 @@ def test_nothing_wrong_is_ever_visible(fresh: StageHosts, kind: str, seed: int) 
         heal(fresh, kind, host)
     # either it came too late, or it has done what it should
     assert has_hit or result.get("path"), result
-    if kind in ("rank", "read") and has_hit:
+    # a rank may have been killed when all was done
+    if kind == "read":
         assert not result.get("path"), result
     try:
         for each in fresh.hosts.names:
