@@ -19,6 +19,7 @@ VERBS = {
     "down": ["down", "--run-dir"],
     "down, its short form": ["down"],
     "timeline": ["timeline", "--run-dir"],
+    "replace": ["replace", "n1", "--run-dir"],
 }
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 Capture = pytest.CaptureFixture[str]
@@ -81,6 +82,7 @@ AFTER = {
     "down": (0, "nothing runs in"),
     "down, its short form": (0, "nothing runs in"),
     "timeline": (64, "there is no timeline in"),
+    "replace": (64, "no deployment runs in"),
 }
 
 
