@@ -33,7 +33,8 @@ Environment (defaults in parentheses):
   DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
   SRUN_ARGS               further words for srun of each worker
   DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
-  DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0)
+  NUM_SPARE_NODES         nodes that take the place of a lost or unhealthy one; then salloc needs --no-kill (0)
+  DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0; with spare nodes 3)
   PYTHON                  interpreter here, 3.10 or newer (python3)
   DYN_MPI_PYTHON          interpreter of the steps (the image's python3; without an image, the one here)
 

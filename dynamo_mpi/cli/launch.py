@@ -151,7 +151,10 @@ def _conduct(
     only = () if verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
-        with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts, _environment(settings) as environ:
+        with (
+            Interrupts((*SIGNALS, *DRAIN_SIGNALS), wakes_on_exit=True) as interrupts,
+            _environment(settings) as environ,
+        ):
             follower.start()
             try:
                 watch = NodeWatch(_watched(placement)) if settings.launcher == "slurm" and settings.no_kill else None

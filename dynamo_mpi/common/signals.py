@@ -35,10 +35,11 @@ class Interrupts:
 
     Args:
         signals: the signals that request a shutdown.
+        wakes_on_exit: whether the exit of a child ends a sleep, too.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
-        self._signals = signals
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, *, wakes_on_exit: bool = False) -> None:
+        self._signals, self._wakes_on_exit = signals, wakes_on_exit
         self.first: int | None = None
         self.count = 0
         self._saved: dict[int, Any] = {}
@@ -52,6 +53,8 @@ class Interrupts:
                 signal.getsignal(number) != signal.SIG_IGN
             ):  # keep ignored signals ignored, as for nohup and background jobs
                 self._saved[number] = signal.signal(number, self._note)
+        if self._wakes_on_exit:
+            self._saved[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, self._wake)
         return self
 
     def __exit__(
@@ -66,11 +69,14 @@ class Interrupts:
         self.count += 1
         if self.first is None:
             self.first = number
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the reader as well
-            os.write(self._wake_write, b"!")
+        self._wake(number, frame)
         if self._socket is not None:
             with contextlib.suppress(OSError):  # closed meanwhile
                 self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _wake(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the reader as well
+            os.write(self._wake_write, b"!")
 
     def check(self) -> None:
         """Raise ``Interrupted`` if a signal has arrived."""
@@ -78,7 +84,7 @@ class Interrupts:
             raise Interrupted(self.first)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until the time is over or a signal arrives. Does not raise."""
+        """Sleep until the time is over or a signal arrives, or a child has exited, if that was asked for. Does not raise."""
         readable, _, _ = select.select([self._wake_read], [], [], max(0.0, seconds))
         if readable:
             os.read(self._wake_read, 4096)

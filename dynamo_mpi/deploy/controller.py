@@ -216,6 +216,7 @@ class DeploymentController:
 
     def _require_services(self) -> None:
         if why := self._failures.lost_head:
+            self._failures.leave_out({self._placement.head: why})
             found = f"the head node {self._placement.head} is lost, with etcd, NATS and the frontend: {why}"
             raise StepFailed(found, status=ExitCode.TEMPORARY, log="")
         self._first.require_services()

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,9 +131,12 @@ def launch(make_slurm: MakeSlurm, tmp_path: Path, two_layers: Path) -> Iterator[
     """Build a cluster and launch the deployment in it; both end with the test."""
     begun: list[tuple[SlurmSession, RecoveringDeployment]] = []
 
-    def begin(spares: int = 1, *words: str, **environment: str) -> RecoveringDeployment:
+    def begin(
+        spares: int = 1, prepare: Callable[[SlurmSession], object] = lambda slurm: None, **environment: str
+    ) -> RecoveringDeployment:
         slurm = make_slurm(nodes=4 + spares, node_timeout=NODE_TIMEOUT)
-        deployment = RecoveringDeployment(slurm, tmp_path, two_layers, spares, words, environment)
+        prepare(slurm)
+        deployment = RecoveringDeployment(slurm, tmp_path, two_layers, spares, (), environment)
         begun.append((slurm, deployment))
         deployment.all_ready()
         return deployment
@@ -270,23 +272,24 @@ def test_the_head_node_is_lost(launch: Launch) -> None:
     eventually(lambda: not leftovers(deployment, ["n2", "n3", "n4", "n5"]), "nothing is left", 15)
 
 
-@pytest.mark.landing("mistake")
-@pytest.mark.parametrize("how", ["mistake", "same end"])
-def test_a_crash_loop_ends_with_its_causes_code(how: str, launch: Launch, tmp_path: Path) -> None:
-    trigger = tmp_path / "now"
-    fault = f"rank1:load@{trigger}:exception"
-    deployment = launch(1, DYN_MPI_ALLOW_FAULTS="1", DYN_MPI_FAULT=fault)
-    streams = deployment.streams()
-    if how == "mistake":
-        (tmp_path / "engine.yaml").write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\n")
-    else:
-        trigger.touch()
+def test_a_mistake_in_a_new_start_ends_the_deployment_at_once(launch: Launch, tmp_path: Path) -> None:
+    deployment = launch()
+    (tmp_path / "engine.yaml").write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\n")
     deployment.kill("n4", signal.SIGKILL)
-    code = deployment.wait(120)
-    rows = streams.close()
-    assert all(row["end"] == "done" for row in rows[:1]), rows
-    assert code == (64 if how == "mistake" else 70), deployment.text()
-    assert deployment.text().count("agg-1: 2 ranks on") == (2 if how == "mistake" else 4), deployment.text()
+    assert deployment.wait(120) == 64, deployment.text()
+    assert deployment.text().count("agg-1: 2 ranks on") == 2, deployment.text()
+    assert deployment.excluded() == {}
+    eventually(lambda: not leftovers(deployment, list(deployment.slurm.nodes)), "nothing is left", 10)
+
+
+@pytest.mark.full
+def test_starts_that_end_the_same_way_end_the_deployment(launch: Launch, tmp_path: Path) -> None:
+    trigger = tmp_path / "now"
+    deployment = launch(1, DYN_MPI_ALLOW_FAULTS="1", DYN_MPI_FAULT=f"rank1:load@{trigger}:exception")
+    # in both workers, which serve, and then in each of their loads
+    trigger.touch()
+    assert deployment.wait(180) == 70, deployment.text()
+    assert "with the same cause" in deployment.text(), deployment.text()
     eventually(lambda: not leftovers(deployment, list(deployment.slurm.nodes)), "nothing is left", 10)
 
 
@@ -310,31 +313,32 @@ def gpus(used: int = 0, uncorrected: int = 0, count: int = 1) -> str:
 NVML = "/dev/shm/nvml.json"
 
 
-@contextmanager
-def node_files(deployment: RecoveringDeployment, texts: dict[str, str]) -> Iterator[None]:
+def write_nvml(slurm: SlurmSession, texts: dict[str, str]) -> None:
     """Write what each node's NVML says."""
     for node, text in texts.items():
-        path = Path(f"/proc/{deployment.slurm.cluster.init_pid(node)}/root{NVML}")
-        path.write_text(text)
-    yield
+        path = Path(f"/proc/{slurm.cluster.init_pid(node)}/root{NVML}")
+        path.with_suffix(".new").write_text(text)
+        path.with_suffix(".new").replace(path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["memory is kept", "memory comes back", "uncorrected errors"])
 def test_a_gpu_decides_whether_its_node_is_used_again(how: str, launch: Launch) -> None:
-    # no file, no GPU: the stand-in is switched on by the files' contents, after the start
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "standins")])
-    deployment = launch(1, PYTHONPATH=path, PYNVML_STANDIN=NVML)
+
+    def without_gpus(slurm: SlurmSession) -> None:
+        write_nvml(slurm, dict.fromkeys(slurm.nodes, gpus(count=0)))
+
+    deployment = launch(1, without_gpus, PYTHONPATH=path, PYNVML_STANDIN=NVML)
     streams = deployment.streams()
     worn = gpus(used=40 * GIB) if "memory" in how else gpus(uncorrected=3)
-    with node_files(deployment, {"n3": gpus(), "n4": worn, "n5": gpus()}):
-        deployment.kill("n4", signal.SIGKILL)
-        if how == "memory comes back":
-            deployment.wait_for_text("agg-1", 10)
-            time.sleep(3)  # as a driver that frees the memory of a killed process takes its time
-            with node_files(deployment, {"n4": gpus()}):
-                pass
-        deployment.serves("agg-1", 2, 120)
+    write_nvml(deployment.slurm, {"n3": gpus(), "n4": worn, "n5": gpus()})
+    deployment.kill("n4", signal.SIGKILL)
+    if how == "memory comes back":
+        log = deployment.run_dir / "logs" / "probe-n4.log"
+        eventually(lambda: log.exists() and "node probe: here" in log.read_text(), "the node is asked", 30)
+        write_nvml(deployment.slurm, {"n4": gpus()})
+    deployment.serves("agg-1", 2, 120)
     streams.require_undisturbed()
     excluded = deployment.excluded()
     if how == "memory comes back":

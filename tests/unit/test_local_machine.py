@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,21 @@ def test_a_signal_is_noted_and_raised_where_we_wait(number: signal.Signals) -> N
             interrupts.pause(60)
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
+
+
+def test_the_exit_of_a_child_ends_a_sleep_where_that_is_asked_for() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    with Interrupts(wakes_on_exit=True) as interrupts:
+        child = subprocess.Popen(["sleep", "0.2"])
+        began = time.monotonic()
+        interrupts.pause(60)  # raises nothing
+        assert time.monotonic() - began < 30
+        assert child.wait(10) == 0
+    assert signal.getsignal(signal.SIGCHLD) == before
+    with Interrupts() as interrupts, subprocess.Popen(["true"]) as child:
+        began = time.monotonic()
+        interrupts.pause(0.3)
+        assert time.monotonic() - began >= 0.3
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
