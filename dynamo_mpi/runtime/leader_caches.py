@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 20.0
 _PUBLISH_SECONDS = 60.0
+_MOST_SHOWN = 3
 _SETTING = "--cache (DYN_MPI_CACHE)"
 
 
@@ -125,8 +126,9 @@ class LeaderCaches(WorkerHook):
         seeding = self._session.finish(self._world)
         if seeding is None:
             return
-        for problem in seeding.problems:
-            self._warn(problem)
+        if seeding.problems:
+            more = len(seeding.problems) - _MOST_SHOWN
+            self._warn("; ".join(seeding.problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else ""))
         self._log_seeding(seeding)
         self._figures = {
             "seeded": seeding.seeded,
@@ -177,7 +179,7 @@ class LeaderCaches(WorkerHook):
             return  # the worker ends
         if problems:
             self._log.warning(
-                f"compile caches are not written back: {'; '.join(problems[:3])}\n"
+                f"compile caches are not written back: {'; '.join(problems[:_MOST_SHOWN])}\n"
                 f"  expected: room in {_SETTING}, in folders that only this user can write\n"
                 f"  fix:      correct it; the next start compiles again"
             )
