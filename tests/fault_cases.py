@@ -111,7 +111,8 @@ class Case(NamedTuple):
         when = {"serve": f"serve@{trigger}", "drain": "drain+0.2"}.get(self.phase, self.phase)
         action = self.fault
         if self.fault == "oom":
-            action = "slow=0" if self.streaming else "slow=1.5"
+            # long enough for the test to notice on a busy machine
+            action = "slow=0" if self.streaming else "slow=4"
         armed = {"DYN_MPI_FAULT": f"rank{self.rank}:{when}:{action}", "DYN_MPI_ALLOW_FAULTS": "1"}
         return {**variables, **armed}
 

@@ -96,6 +96,17 @@ def compose_report(observed: Sequence[ObservedFailure], phase: str) -> Report:
     return Report(first, host, "\n".join(filter(None, parts)), consequences, first.rank, host)
 
 
+def explain_signal(report: Report, observed: Sequence[ObservedFailure], phase: str) -> Report:
+    """Return rank 0's report; if it knows of a signal alone, a report about the deaths that the agents have observed, and the signal.
+
+    A launcher may signal rank 0 before rank 0 learns why, above all of a rank that dies before it has connected to rank 0.
+    """
+    if report.failure.cause is not DetectedBy.SIGNAL or not observed:
+        return report
+    known = (*observed, ObservedFailure(report.failure, report.host), *report.consequences)
+    return compose_report(first_of_each_rank(known), phase)
+
+
 def encode_observed(observed: ObservedFailure) -> str:
     """Encode a failure as one line for another process, maybe on another host: the time becomes an age, a long text is clipped."""
     clipped = observed.failure._replace(text=clip(observed.failure.text, MAX_TEXT))

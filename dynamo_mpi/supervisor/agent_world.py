@@ -25,6 +25,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     compose_report,
     decode_observed,
     encode_observed,
+    explain_signal,
     first_of_each_rank,
     with_lost_agents,
 )
@@ -156,7 +157,7 @@ class WorldWatch:
         if self.reported:
             on_logged()
             return
-        self._write(report, 0, on_logged)
+        self._write(explain_signal(report, self._observed, self.history.phase), 0, on_logged)
 
     def report(self, report: Report, *, for_node: bool = False) -> None:
         """Write a report of this agent and wait until it is written, at most 2 s."""
@@ -255,8 +256,9 @@ class WorldWatch:
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
             report = compose_report(observed, phase)
             self.report(report)
-            # a launcher that noticed the death ends the other ranks by itself, with the better exit code
-            by_launcher = report.failure.cause is DetectedBy.DISCONNECT
+            by_launcher = (
+                report.failure.cause is DetectedBy.DISCONNECT
+            )  # it ends the other ranks, with the better exit code
             self.decide_at = time.monotonic() + (_LAUNCHER_SECONDS if by_launcher else 0.0)
 
     def answer(self) -> None:

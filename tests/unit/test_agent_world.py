@@ -15,7 +15,7 @@ import pytest
 
 from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
-from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report
+from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, explain_signal
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
 from dynamo_mpi.supervisor.local_rank import LocalRanks
@@ -178,6 +178,20 @@ def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
     assert reports(world) == [report]
     hub.watch.publish(report, lambda: taken.append(True))
     assert (reports(world), len(taken)) == ([report], 2), "what is reported already is not reported again"
+
+
+def test_a_signal_to_rank_0_does_not_hide_the_death_that_the_agents_have_seen(world: list[Agent]) -> None:
+    hub, _, other = world
+    other.dies()
+    turn_until(world, lambda: hub.notes.revoked)
+    signal = Failure(0, 143, "stopped by SIGTERM", DetectedBy.SIGNAL, "load", time.monotonic())
+    hub.watch.publish(Report(signal, "n0", "error in load: stopped by SIGTERM", (), 0, "n0"), lambda: None)
+    (report,) = reports(world)
+    assert (report.failure.rank, report.host, report.reporter) == (other.rank, other.host, other.rank)
+    assert report.text.startswith("error in ")
+    assert [seen.failure for seen in report.consequences] == [signal]
+    alone = Report(signal, "n0", "error in load: stopped by SIGTERM", (), 0, "n0")
+    assert explain_signal(alone, [], "load") is alone
 
 
 def test_the_deputy_reports_where_rank_0_and_the_hub_have_gone(world: list[Agent]) -> None:
