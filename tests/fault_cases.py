@@ -246,7 +246,10 @@ class Outcome:
             return
         assert len(blocks) == 1, f"{blocks}\n{self.text}"
         ((speaker, phase, line),) = blocks
-        assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks
+        # a rank without memory dies when it next needs some, which may be in the next phase
+        passed = case.fault == "oom" and case.phase in ("mpi_init", "preflight") and phase in ("preflight", "load")
+        is_at_end = (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True)
+        assert phase == case.phase or passed or is_at_end, blocks
         assert name in (speaker, line[: len(name)]), blocks
         if case.rank == CHILD:
             texts = {"stop": "has been stopped for", "exit0": "ended with code 0 although it was not asked"}

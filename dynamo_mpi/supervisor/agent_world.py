@@ -256,10 +256,9 @@ class WorldWatch:
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
             report = compose_report(observed, phase)
             self.report(report)
-            by_launcher = (
-                report.failure.cause is DetectedBy.DISCONNECT
-            )  # it ends the other ranks, with the better exit code
-            self.decide_at = time.monotonic() + (_LAUNCHER_SECONDS if by_launcher else 0.0)
+            # a launcher that noticed a death ends the others by itself, with the better exit code
+            delay = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
+            self.decide_at = time.monotonic() + delay
 
     def answer(self) -> None:
         """Answer the agents that asked: all failures that this agent observed have been sent before."""
@@ -268,9 +267,8 @@ class WorldWatch:
             self._pending_report = None
             self._wait_for_printing()
             self._peers.broadcast({"reported": True})
-        recipients, self._answer_to = self._answer_to, []
-        for number in recipients:
-            self._peers.send(number, {"answer": True})
+        while self._answer_to:
+            self._peers.send(self._answer_to.pop(0), {"answer": True})
 
     def tick(self) -> None:
         """Do the periodic work."""
