@@ -109,12 +109,15 @@ def run_follower(
                     caches.finish(world)
         code = _follow(context, spec, heartbeat) if stopped is None else stopped
         if caches is not None:
-            caches.remove()
+            caches.end()
     except Exception as error:  # any error: the other ranks may be inside the engine's collectives
         heartbeat.report_failure(error)
     with phases.enter("exit"):
         # rank 0 reports ranks that don't reach this barrier
         world.barrier(2 * SHUTDOWN_SECONDS)
+    if caches is not None:
+        # not before: nobody waits for it now, and where this process is killed its node agent does it
+        caches.remove()
     signals.close()
     heartbeat.close()
     return code

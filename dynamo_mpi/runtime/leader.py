@@ -330,7 +330,7 @@ class LeaderRank:
         if self._staging is not None:
             self._staging.cancel()
         if self._caches is not None:
-            self._caches.remove()
+            self._caches.end()
         message = STOP + bytes([code])
         if self._supervisor is None:
             self._world.broadcast(message)
@@ -339,6 +339,8 @@ class LeaderRank:
         with self._supervisor.deadline(SHUTDOWN_SECONDS, "not all ranks have finished", code=int(code) or None):
             self._world.broadcast(message)
             self._world.barrier(2 * SHUTDOWN_SECONDS)
+        if self._caches is not None:
+            self._caches.remove()
 
     def _lead_trtllm(self, worker: WorkerContext, inputs: PreflightInputs, model_dir: str) -> int:
         from dynamo_mpi.runtime.trtllm_runner import TrtllmRunner

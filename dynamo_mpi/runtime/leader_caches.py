@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 
@@ -11,6 +12,7 @@ from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.engines.spec import COMPILING
 from dynamo_mpi.layout.format import counted
+from dynamo_mpi.mpi.launcher import restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.layout import LayoutSpec
+    from dynamo_mpi.stage.cache_call import Problem
     from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, Seeding
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 
 _LOOK_SECONDS = 20.0
 _PUBLISH_SECONDS = 60.0
-_MOST_SHOWN = 3
 _SETTING = "--cache (DYN_MPI_CACHE)"
 
 
@@ -47,6 +49,7 @@ class LeaderCaches(WorkerHook):
         self._session: CacheSession | None = None
         self._next: Callable[[float], tuple[int, bytes] | None] = lambda _: None
         self._figures: dict[str, Any] = {}
+        self._is_skipped = False
 
     @property
     def is_on(self) -> bool:
@@ -70,6 +73,7 @@ class LeaderCaches(WorkerHook):
         import tempfile
 
         from dynamo_mpi.checks.rank_facts import rows_of
+        from dynamo_mpi.stage.cache_call import Problem
         from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
         from dynamo_mpi.stage.cache_session import CachePlan
         from dynamo_mpi.stage.cache_store import Part, folders_of, name_of
@@ -79,7 +83,9 @@ class LeaderCaches(WorkerHook):
         try:
             self._key = key_of(subject, request.files, rows_of(reports), without_gpus=not request.gpus)
         except KeyUnknownError as error:
-            self._warn(str(error))
+            self._warn(
+                Problem(str(error), "NVML, which names each rank's GPU and driver", "run nvidia-smi on that node")
+            )
             return ""
         assignment = assign("", os.environ)
         for line in assignment.own:
@@ -90,18 +96,29 @@ class LeaderCaches(WorkerHook):
         folders = folders_of(str(settings.cache), name)
         stage = [settings.stage] if os.path.isabs(settings.stage) else []
         bases = tuple(dict.fromkeys((*stage, tempfile.gettempdir(), "/tmp")))  # noqa: S108 - folders there are this user's own
+        worker = re.sub(r"[^A-Za-z0-9.-]", "_", settings.endpoint.removeprefix("dyn://"))
         found = self._ask(
-            {"do": "look", "folders": folders, "key": self._key, "ranks": self._world.size}, _LOOK_SECONDS
+            {"do": "look", "folders": folders, "key": self._key, "ranks": self._world.size, "worker": worker},
+            _LOOK_SECONDS,
         )
         target = folders[0]
-        if "problem" in found:
-            self._warn(found["problem"])
+        if (problem := Problem.in_answer(found)) is not None:
+            self._warn(problem)
             target = "" if found.get("refused") else target
         source = str(found.get("folder", ""))
         # an archive that root has made stays as it is
         target = target if source in ("", target) else ""
         parts = tuple(Part(*part) for part in found.get("parts", ()))
-        self._plan = CachePlan(name, bases, source, parts, target)
+        if parts and found["failed"] and (start := restart_count(os.environ)) > 1:
+            self._warn(
+                Problem(
+                    f"start {start} of this worker; the one before may have failed with the archive in {source}",
+                    "a start that comes to serve",
+                    "none needed: if this one does, the next one is seeded again; if not, the archive isn't the cause",
+                )
+            )
+            self._is_skipped, source, parts = True, "", ()
+        self._plan = CachePlan(name, bases, source, parts, target, worker)
         return self._plan.pack()
 
     def begin(self) -> None:
@@ -122,13 +139,14 @@ class LeaderCaches(WorkerHook):
         """
         if self._session is None or self._plan is None:
             return
+        from dynamo_mpi.stage.cache_call import Problem
+
         self._next = supervisor.next_caches
         seeding = self._session.finish(self._world)
         if seeding is None:
             return
         if seeding.problems:
-            more = len(seeding.problems) - _MOST_SHOWN
-            self._warn("; ".join(seeding.problems[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else ""))
+            self._warn(Problem.joined(seeding.problems))
         self._log_seeding(seeding)
         self._figures = {
             "seeded": seeding.seeded,
@@ -143,29 +161,43 @@ class LeaderCaches(WorkerHook):
 
     def on_ready(self) -> None:
         """Write back what was compiled, in a thread."""
-        if self._session is not None and self._session.writes:
-            threading.Thread(target=self._write_back, name="caches", daemon=True).start()
+        if self._session is not None:
+            threading.Thread(target=self._after_start, name="caches", daemon=True).start()
 
-    def on_exit(self, code: int) -> None:
-        """Remove rank 0's folder."""
-        self.remove()
+    def end(self) -> None:
+        """End what still runs. Idempotent."""
+        if self._session is not None:
+            self._session.end()
 
     def remove(self) -> None:
-        """End what still runs, and remove rank 0's folder. Idempotent."""
+        """Remove rank 0's folder, which may take seconds. Idempotent. Where the world fails, the node agent does it."""
         if self._session is not None:
             self._session.remove()
 
-    def _write_back(self) -> None:
-        from dynamo_mpi.stage.cache_session import collect
-
+    def _after_start(self) -> None:
         session, plan = self._session, self._plan
         if session is None or plan is None:
             return
+        if plan.source:
+            self._forget(plan.source, plan.worker)
+        if session.writes:
+            self._write_back(session, plan)
+
+    def _forget(self, source: str, worker: str) -> None:
+        """Let the next start of this worker be seeded from an archive, even if it is a restart."""
+        self._ask({"do": "forget", "source": source, "worker": worker}, _LOOK_SECONDS)
+
+    def _write_back(self, session: CacheSession, plan: CachePlan) -> None:
+        from dynamo_mpi.stage.cache_call import Problem
+        from dynamo_mpi.stage.cache_session import collect, problems_in, unlike_json
+
         began = time.monotonic()
         # the others answer in any case
         results = collect(self._world.size, session.save(), self._next)
         new = sum(int(result.get("new", 0)) for result in results)
-        problems = list(dict.fromkeys(str(result["problem"]) for result in results if "problem" in result))
+        problems = list(problems_in(results))
+        if new and not problems and (unlike := unlike_json(results)):
+            problems = [unlike]
         if new and not problems:
             request = {
                 "do": "publish",
@@ -174,19 +206,20 @@ class LeaderCaches(WorkerHook):
                 "parts": [result["part"] for result in results],
             }
             answer = self._ask(request, _PUBLISH_SECONDS)
-            problems += [str(answer["problem"])] if "problem" in answer else []
+            problems += filter(None, [Problem.in_answer(answer)])
+        if problems or not new:
+            written = [result["part"][0] for result in results if result.get("written")]
+            self._ask({"do": "discard", "target": plan.target, "digests": written}, _PUBLISH_SECONDS)
         if session.is_over:
             return  # the worker ends
         if problems:
-            self._log.warning(
-                f"compile caches are not written back: {'; '.join(problems[:_MOST_SHOWN])}\n"
-                f"  expected: room in {_SETTING}, in folders that only this user can write\n"
-                f"  fix:      correct it; the next start compiles again"
-            )
+            self._warn(Problem.joined(problems), "not written back, the next start compiles again")
             return
         if not new:
             self._log.info("caches: nothing new was compiled")
             return
+        if self._is_skipped:
+            self._forget(plan.target, plan.worker)
         seconds = round(time.monotonic() - began, 3)
         size = sum(int(result["part"][1]) for result in results)
         self._figures |= {"new_files": new, "written_bytes": size, "written_seconds": seconds}
@@ -202,19 +235,17 @@ class LeaderCaches(WorkerHook):
         if seeding.seeded:
             size = f"{counted(seeding.files, 'file')} a rank, {seeding.size / 2**20:.1f} MiB in all"
             self._log.info(f"caches: seeded from {plan.source}: {size}, {seeding.seconds:.1f} s", {"phase": "stage"})
-        elif not plan.parts:
+        elif not plan.parts and not self._is_skipped:
             self._log.info(
                 f"caches: none yet for this engine, GPU, model and layout in {self._settings.cache}: kernels are compiled"
             )
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        from dynamo_mpi.stage.cache_session import HelperCall
+        from dynamo_mpi.stage.cache_call import HelperCall
 
         return HelperCall(request, os.environ).result(seconds)
 
-    def _warn(self, problem: str) -> None:
+    def _warn(self, problem: Problem, what: str = "not seeded, kernels are compiled") -> None:
         self._log.warning(
-            f"compile caches are not seeded, kernels are compiled: {problem}\n"
-            f"  expected: in {_SETTING}, archives that only this user or root could have written; on each node, a disk of its own\n"
-            f"  fix:      remove the archive or correct its rights, or leave --cache out"
+            f"compile caches are {what}: {problem.problem}\n  expected: {problem.expected}\n  fix:      {problem.fix}"
         )

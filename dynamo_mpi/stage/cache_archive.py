@@ -40,7 +40,22 @@ _LEFT_OUT = frozenset({"tmp", "lock", "locks", "__pycache__"})
 
 
 class ArchiveError(Exception):
-    """An archive can't be read or written; the text says why."""
+    """An archive can't be read or written; the text says why.
+
+    Args:
+        problem: the text.
+        expected: what would be right.
+        fix: what the user can do.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        expected: str = "a whole archive, made for this key on this kind of CPU",
+        fix: str = "none needed: it is replaced when the worker is ready; root's by root",
+    ) -> None:
+        super().__init__(problem)
+        self.expected, self.fix = expected, fix
 
 
 class Contents(NamedTuple):
@@ -56,6 +71,11 @@ class Contents(NamedTuple):
     def size(self) -> int:
         """Bytes of all files."""
         return sum(size for size, _ in self.files.values())
+
+    @property
+    def json(self) -> list[str]:
+        """The files of `json_places`, of which all ranks must have the same."""
+        return sorted(json_places() & self.files.keys())
 
     def new_beside(self, before: Contents) -> int:
         """Return how many files are new, or have another size. Logs don't count, as they grow at each start."""
@@ -85,7 +105,11 @@ def pack(folder: str, target: IO[bytes]) -> tuple[str, Contents]:
     for _ in range(_ATTEMPTS):
         contents = contents_of(folder)
         if len(contents.files) > MOST_FILES or contents.size > MOST_BYTES:
-            raise ArchiveError(f"{folder} has {len(contents.files)} files of {contents.size} bytes: too many")
+            raise ArchiveError(
+                f"{folder} has {len(contents.files)} files of {contents.size} bytes: too many",
+                f"at most {MOST_FILES} files of {MOST_BYTES} bytes",
+                "leave --cache out, or set the variable of the library that writes so many",
+            )
         target.seek(0)
         target.truncate()
         digest = hashlib.sha256()
@@ -97,7 +121,11 @@ def pack(folder: str, target: IO[bytes]) -> tuple[str, Contents]:
         if contents_of(folder) == contents:
             target.flush()
             return digest.hexdigest(), contents
-    raise ArchiveError(f"the files in {folder} have changed while they were read, {_ATTEMPTS} times")
+    raise ArchiveError(
+        f"the files in {folder} have changed while they were read, {_ATTEMPTS} times",
+        "that nothing is compiled for some seconds after the worker is ready",
+        "none needed: the next start writes back",
+    )
 
 
 def unpack(source: IO[bytes], folder: str) -> None:

@@ -16,10 +16,23 @@ import tempfile
 import time
 from typing import IO, Any
 
-from dynamo_mpi.common.folder_walk import UnsafeFileError, reason
+from dynamo_mpi.common.affinity import release
+from dynamo_mpi.common.folder_walk import UnsafeFileError
 from dynamo_mpi.common.process import set_process_title
+from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.cache_archive import ArchiveError, Contents, contents_of, copy_checked, pack, unpack
-from dynamo_mpi.stage.cache_store import Part, look, publish, read_part, write_part
+from dynamo_mpi.stage.cache_call import Problem
+from dynamo_mpi.stage.cache_store import (
+    Part,
+    discard,
+    forget_start,
+    look,
+    may_have_failed,
+    note_start,
+    publish,
+    read_part,
+    write_part,
+)
 
 TITLE = "dynamo_mpi: compile caches"
 """The process's title."""
@@ -34,7 +47,13 @@ def seed(request: dict[str, Any]) -> dict[str, Any]:
     began, folder, part = time.monotonic(), str(request["folder"]), Part(*request["part"])
     free = os.statvfs(folder)
     if free.f_bavail * free.f_frsize < 2 * part.size + _SPARE_BYTES:
-        raise ArchiveError(f"{folder} has too little room: {free.f_bavail * free.f_frsize} bytes")
+        raise ArchiveError(
+            f"{folder} has too little room: {gib(free.f_bavail * free.f_frsize)}",
+            f"{gib(2 * part.size + _SPARE_BYTES)} for this rank",
+            "make room on that node, or name another disk with --stage or TMPDIR",
+        )
+    if request.get("worker"):
+        note_start(request["source"], request["worker"])
     # on this node's disk: what is checked is what is unpacked, whatever happens to the shared file meanwhile
     with tempfile.TemporaryFile(dir=folder) as copy:
         read_part(request["source"], part, lambda source: copy_checked(source, copy, part.size, part.digest))
@@ -43,7 +62,8 @@ def seed(request: dict[str, Any]) -> dict[str, Any]:
     contents = contents_of(folder)
     with open(os.path.join(folder, SEEDED), "w", encoding="utf-8") as file:
         json.dump({"part": list(part), "files": contents.files}, file)
-    return {"files": len(contents.files), "bytes": contents.size, "seconds": round(time.monotonic() - began, 3)}
+    seconds = round(time.monotonic() - began, 3)
+    return {"files": len(contents.files), "bytes": contents.size, "seconds": seconds, "json": contents.json}
 
 
 def save(request: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +77,7 @@ def save(request: dict[str, Any]) -> dict[str, Any]:
         old = Part(*seeded["part"])
     new = contents_of(folder).new_beside(before)
     if old is not None and not new:
-        return {"part": list(old), "new": 0}
+        return {"part": list(old), "new": 0, "written": False, "json": before.json}
     packed: list[Contents] = []
 
     def write(target: IO[bytes]) -> tuple[str, int]:
@@ -66,7 +86,8 @@ def save(request: dict[str, Any]) -> dict[str, Any]:
         return digest, len(contents.files)
 
     part = write_part(request["target"], write)
-    return {"part": list(part), "new": packed[-1].new_beside(before)}
+    contents = packed[-1]
+    return {"part": list(part), "new": contents.new_beside(before), "written": True, "json": contents.json}
 
 
 def handle(request: dict[str, Any]) -> dict[str, Any]:
@@ -74,22 +95,23 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "look":
             found = look(request["folders"], request["key"], request["ranks"])
-            return {} if found is None else {"folder": found.folder, "parts": [list(part) for part in found.parts]}
+            if found is None:
+                return {}
+            failed = may_have_failed(found.folder, request["worker"])
+            return {"folder": found.folder, "parts": [list(part) for part in found.parts], "failed": failed}
         if request["do"] == "seed":
             return seed(request)
         if request["do"] == "save":
             return save(request)
+        if request["do"] == "forget":
+            forget_start(request["source"], request["worker"])
+            return {}
+        if request["do"] == "discard":
+            return {"removed": discard(request["target"], request["digests"])}
         return {"removed": publish(request["target"], request["key"], [Part(*part) for part in request["parts"]])}
-    except UnsafeFileError as error:
-        return {"problem": reason(error), "refused": True}
-    except ArchiveError as error:
-        return {"problem": f"{request.get('source', '')}: {error}".lstrip(": ")}
-    except OSError as error:
-        return {
-            "problem": f"{error.filename or request.get('source') or request.get('target') or ''}: {reason(error)}".lstrip(
-                ": "
-            )
-        }
+    except (OSError, ArchiveError) as error:
+        problem = Problem.of(error, request.get("source") or request.get("target") or "")
+        return {**problem._asdict(), "refused": isinstance(error, UnsafeFileError)}
 
 
 def main() -> None:
@@ -97,9 +119,7 @@ def main() -> None:
     set_process_title(TITLE)
     # so that what is written in part is removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    # a rank is often bound to one core; the kernel keeps this within the job's own
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    release()  # a rank is often bound to one core
     answer = handle(json.loads(sys.stdin.readline()))
     with contextlib.suppress(OSError):
         os.write(1, json.dumps(answer).encode() + b"\n")

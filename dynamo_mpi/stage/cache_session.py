@@ -10,22 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.claimed_folder import ClaimedFolder, claim
-from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.layout.format import gib
+from dynamo_mpi.mpi.placement import spans
+from dynamo_mpi.stage.cache_call import HelperCall, Problem
 from dynamo_mpi.stage.cache_store import Part
 from dynamo_mpi.stage.compile_caches import assign
 from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_shared
-from dynamo_mpi.stage.session import package_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -35,6 +31,17 @@ if TYPE_CHECKING:
 SEED_SECONDS, SAVE_SECONDS = 120.0, 600.0
 """How long a rank may take to unpack its part, and to write it back."""
 _ROOM = 1 << 30
+_NODE_FOLDER = f"on each node a folder of this user's, on a disk of the node with {gib(_ROOM)} free, not mounted noexec"
+_NODE_FOLDER_FIX = "name one with --stage or TMPDIR"
+_ENDED = Problem("it has ended", "a worker that runs", "none needed")
+_HELD = Problem(
+    "the process that reads the archive can't be ended",
+    "a shared file system that answers",
+    "look whether files in the folder of --cache can be read on that node",
+)
+_LATE = Problem(
+    "", f"an answer of each rank within {SAVE_SECONDS:g} s", "look at the shared file system on that rank's node"
+)
 _WORKSPACE = "FLASHINFER_WORKSPACE_BASE"
 
 
@@ -47,6 +54,7 @@ class CachePlan(NamedTuple):
         source: the archive's folder; empty for none.
         parts: its files, by rank.
         target: the folder to which new files are written; empty for none.
+        worker: a name of the worker, of which ``source`` keeps that it starts with it.
     """
 
     name: str
@@ -54,6 +62,7 @@ class CachePlan(NamedTuple):
     source: str = ""
     parts: tuple[Part, ...] = ()
     target: str = ""
+    worker: str = ""
 
     def pack(self) -> str:
         """Encode it."""
@@ -77,14 +86,16 @@ class Seeding(NamedTuple):
         size: bytes of all ranks together.
         seconds: of the slowest rank.
         is_second: whether another worker on a node has the names of this one's folders.
+        have_folders: whether all ranks have a folder.
     """
 
     seeded: bool
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     files: int
     size: int
     seconds: float
     is_second: bool
+    have_folders: bool
 
 
 class CacheSession:
@@ -106,7 +117,7 @@ class CacheSession:
         self._rank, self._plan, self._environ, self._on_folder = rank, plan, environ, on_folder
         self._folder: ClaimedFolder | None = None
         self._helper: HelperCall | None = None
-        self._problem = ""
+        self._problem: Problem | None = None
         self._lock = threading.Lock()
         self._is_over = False
         self.writes = bool(plan.target)
@@ -119,11 +130,15 @@ class CacheSession:
                 raise OSError(0, problem)
             self._folder = claim(base, f"{self._plan.name}-r{self._rank}")
         except OSError as error:
-            self._problem = f"no folder for compile caches: {reason(error)}"
+            self._problem = Problem(
+                f"no folder for compile caches: {Problem.of(error).problem}", _NODE_FOLDER, _NODE_FOLDER_FIX
+            )
             return
         self._on_folder(self._folder.path)
         if self._plan.parts:
             request = {"do": "seed", "source": self._plan.source, "part": list(self._plan.parts[self._rank])}
+            if self._rank == 0:
+                request["worker"] = self._plan.worker
             self._helper = HelperCall({**request, "folder": self._folder.path}, self._environ)
 
     def finish(self, world: World) -> Seeding | None:
@@ -133,10 +148,18 @@ class CacheSession:
             On rank 0, how it went.
         """
         mine: dict[str, Any] = {"slot": self._folder.slot if self._folder else 0}
-        if self._problem:
-            mine["problem"] = self._problem
+        if self._problem is not None:
+            mine |= self._problem._asdict()
         elif self._helper is not None:
             mine |= self._helper.result(SEED_SECONDS)
+        if self._folder is not None and "problem" not in mine:
+            # before the ranks agree: afterwards one that fails would be the only one without tactics
+            try:
+                for path in assign(self._folder.path, self._environ).folders:
+                    os.makedirs(path, 0o700, exist_ok=True)
+            except OSError as error:
+                mine |= Problem.of(error)._asdict()
+        mine["folder"] = self._folder is not None
         if "problem" in mine:
             mine["problem"] = f"{host_name()}: {mine['problem']}"
         answers = [json.loads(answer) for answer in world.gather(json.dumps(mine).encode())]
@@ -145,7 +168,7 @@ class CacheSession:
         if world.rank == 0:
             seeding = _judge(answers, bool(self._plan.parts))
             # FlashInfer's files are good for one path: the worker that has the usual one on its nodes writes them
-            decided = bytes([seeding.seeded, self.writes and not seeding.is_second])
+            decided = bytes([seeding.seeded, self.writes and not seeding.is_second and seeding.have_folders])
         seeded, writes = world.broadcast(decided)
         self.writes = bool(writes)
         self._set_up(seeded=bool(seeded))
@@ -158,40 +181,46 @@ class CacheSession:
             ``part`` and ``new``; or ``problem``.
         """
         with self._lock:
-            if self._folder is None or self._is_over:
-                return {"problem": self._problem or "it has ended"}
+            if self._folder is None or self._is_over or self._problem is not None:
+                return (self._problem or _ENDED)._asdict()
             request = {"do": "save", "folder": self._folder.path, "target": self._plan.target}
             self._helper = helper = HelperCall(request, self._environ)
         return helper.result(SAVE_SECONDS)
 
     @property
     def is_over(self) -> bool:
-        """Whether `remove` has been called."""
+        """Whether `end` has been called."""
         return self._is_over
 
-    def remove(self) -> None:
-        """End what still runs, and remove the folder. Idempotent; does not raise."""
+    def end(self) -> None:
+        """End what still runs. Idempotent; does not raise."""
         with self._lock:
             self._is_over = True
         if self._helper is not None:
             self._helper.cancel()
+
+    def remove(self) -> None:
+        """End what still runs, and remove the folder, which may take seconds. Idempotent; does not raise."""
+        self.end()
         if self._folder is not None:
             self._folder.remove()
 
     def _set_up(self, *, seeded: bool) -> None:
         if self._folder is None:
             return
-        if not seeded and self._helper is not None and not self._helper.cancel():
-            # it hangs in the kernel, and would go on to write into the folder
-            return
         assignment = assign(self._folder.path, self._environ)
-        try:
-            if not seeded:
+        if not seeded:
+            if self._helper is not None and not self._helper.cancel():
+                # it hangs in the kernel, and would go on to write into the folder
+                self._problem = _HELD
+                return
+            try:
                 self._folder.clear()
-            for folder in assignment.folders:
-                os.makedirs(folder, 0o700, exist_ok=True)
-        except OSError:
-            return
+                for folder in assignment.folders:
+                    os.makedirs(folder, 0o700, exist_ok=True)
+            except OSError as error:
+                self._problem = Problem.of(error)
+                return
         self._environ.update(assignment.variables)
         home = self._environ.get("HOME") or os.path.expanduser("~")
         if _WORKSPACE in assignment.variables and os.path.isdir(
@@ -199,58 +228,6 @@ class CacheSession:
         ):
             # downloaded, not compiled: a node without a way out has no others
             self._environ.setdefault("FLASHINFER_CUBIN_DIR", cubins)
-
-
-class HelperCall:
-    """One request to a helper process of its own.
-
-    Args:
-        request: the request.
-        environ: this process's environment.
-    """
-
-    def __init__(self, request: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        self._process: ManagedProcess | None = None
-        self._problem = "the helper process has ended without an answer"
-        try:
-            self._process = process = ManagedProcess(
-                "compile caches",
-                [sys.executable, "-m", "dynamo_mpi.stage.cache_helper"],
-                environment={**environ, "PYTHONPATH": package_path(environ)},
-                streams=Streams(subprocess.PIPE, subprocess.PIPE),
-                end_with=signal.SIGTERM,
-            )
-            if process.popen.stdin is not None:
-                with contextlib.suppress(OSError), process.popen.stdin as stdin:
-                    stdin.write(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            self._problem = f"no process can be started: {error.strerror}"
-
-    def result(self, seconds: float) -> dict[str, Any]:
-        """Return the answer; a ``problem`` if there is none within ``seconds``."""
-        process = self._process
-        if process is None or process.popen.stdout is None:
-            return {"problem": self._problem}
-        lines: list[bytes] = []
-        reading = threading.Thread(target=lambda: lines.extend(process.popen.stdout or ()), daemon=True)
-        reading.start()
-        reading.join(seconds)
-        if reading.is_alive():
-            self.cancel()
-            return {"problem": f"no answer within {seconds:g} s: the shared file system may hang"}
-        process.wait(1.0)
-        try:
-            answer = json.loads(lines[-1])
-            return answer if isinstance(answer, dict) else {"problem": self._problem}
-        except (IndexError, ValueError):
-            return {"problem": self._problem}
-
-    def cancel(self, seconds: float = 1.0) -> bool:
-        """End the process, which removes what it has written in part; return whether it has ended."""
-        if self._process is None:
-            return True
-        self._process.send(signal.SIGTERM)
-        return self._process.wait(seconds) or self._process.kill(seconds)
 
 
 def pick_base(bases: Sequence[str]) -> tuple[str, str]:
@@ -274,7 +251,9 @@ def pick_base(bases: Sequence[str]) -> tuple[str, str]:
 
 
 def _judge(answers: Sequence[Mapping[str, Any]], had_archive: bool) -> Seeding:
-    problems = tuple(dict.fromkeys(str(answer["problem"]) for answer in answers if "problem" in answer))
+    problems = problems_in(answers)
+    if had_archive and not problems and (problem := unlike_json(answers)):
+        problems = (problem,)
     return Seeding(
         had_archive and not problems,
         problems,
@@ -282,6 +261,25 @@ def _judge(answers: Sequence[Mapping[str, Any]], had_archive: bool) -> Seeding:
         sum(int(answer.get("bytes", 0)) for answer in answers),
         max((float(answer.get("seconds", 0.0)) for answer in answers), default=0.0),
         any(answer.get("slot") for answer in answers),
+        all(answer["folder"] for answer in answers),
+    )
+
+
+def problems_in(answers: Sequence[Mapping[str, Any]]) -> tuple[Problem, ...]:
+    """Return the problems that ranks' answers have, each once."""
+    return tuple(dict.fromkeys(found for answer in answers if (found := Problem.in_answer(answer)) is not None))
+
+
+def unlike_json(answers: Sequence[Mapping[str, Any]]) -> Problem | None:
+    """Return which ranks' parts lack tactics that others have, if any: seeded, the others would wait for them for ever."""
+    every = {path for answer in answers for path in answer.get("json", ())}
+    lack = [rank for rank, answer in enumerate(answers) if set(answer.get("json", ())) != every]
+    if not lack:
+        return None
+    return Problem(
+        f"{', '.join(sorted(every))} is missing or not whole on rank{'s'[: len(lack) > 1]} {spans(lack)}, not on the others",
+        "tactics of the autotuner of all ranks, or of none",
+        "none needed: kernels are compiled, and a later start writes an archive",
     )
 
 
@@ -314,4 +312,6 @@ def collect(
             answer = json.loads(body)
             if isinstance(answer, dict) and 0 < rank < size:
                 results[rank] = answer
-    return [results.get(rank, {"problem": f"rank {rank} has not answered"}) for rank in range(size)]
+    return [
+        results.get(rank) or _LATE._replace(problem=f"rank {rank} has not answered")._asdict() for rank in range(size)
+    ]

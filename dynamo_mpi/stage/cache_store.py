@@ -3,6 +3,7 @@
 
     index.json      the key in full, and for each rank its file's digest; replaced as a whole, by rank 0 of one worker
     DIGEST.tar      one rank's files, by the digest of its bytes; written under another name, then renamed
+    .begun-WORKER   a worker starts with it, and doesn't serve yet
 
 No lock is needed, which not all shared file systems have: files are never changed, and the last index counts. The one before stays valid
 until the next is written. All of it is code that ranks will run: a folder or file that anybody but this user or root could have written
@@ -23,11 +24,12 @@ from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.stage.cache_archive import ArchiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
 INDEX, PREVIOUS = "index.json", "previous.json"
 _SUFFIX = ".tar"
 _TEMPORARY = ".part-"
+_BEGUN = ".begun-"
 _VERSION = 1
 _MAX_INDEX_BYTES = 16 << 20
 _ORPHAN_SECONDS = 3600.0
@@ -132,34 +134,85 @@ def write_part(path: str, write: Callable[[IO[bytes]], tuple[str, int]]) -> Part
     return Part(digest, size, files)
 
 
+def note_start(path: str, worker: str) -> None:
+    """Note that a worker starts with this archive, until `forget_start`. Where it can't be written, `may_have_failed` is true anyway."""
+    with contextlib.suppress(OSError), OwnFolder(path, sole=True) as folder:
+        folder.write(f"{_BEGUN}{worker}", b"")
+
+
+def forget_start(path: str, worker: str) -> None:
+    """Remove what `note_start` wrote: the worker serves."""
+    with contextlib.suppress(OSError), OwnFolder(path, sole=True) as folder:
+        folder.remove(f"{_BEGUN}{worker}")
+
+
+def may_have_failed(path: str, worker: str) -> bool:
+    """Return whether an earlier start of a worker with this archive didn't come to serve, or that can't be known."""
+    return not os.access(path, os.W_OK) or os.path.lexists(os.path.join(path, f"{_BEGUN}{worker}"))
+
+
+def discard(path: str, digests: Sequence[str]) -> int:
+    """Remove files that were written for an archive that isn't published, and those that killed processes have left; return how many.
+
+    Raises:
+        UnsafeFileError: others could write there.
+        OSError: it can't be read.
+    """
+    with OwnFolder(path, sole=True) as folder:
+        return _remove_orphans(path, folder, _named(folder), set(digests))
+
+
 def publish(path: str, key: Mapping[str, Any], parts: Sequence[Part]) -> int:
     """Make the ranks' files the archive for this key, at once; return how many files were removed that no index names any more.
 
     Raises:
+        ArchiveError: a file is gone: one that a rank wanted to keep may have been removed since.
         UnsafeFileError: others could write there.
         OSError: it can't be written.
     """
     index = {"version": _VERSION, "at": time.time(), "key": key, "parts": [list(part) for part in parts]}
     with OwnFolder(path, sole=True, create=True) as folder:
+        for part in parts:
+            _require_whole(path, folder, part)
         with contextlib.suppress(OSError):
             # a worker that starts now may still read the files of this one
             folder.write(PREVIOUS, folder.read(INDEX, _MAX_INDEX_BYTES))
         folder.write(INDEX, json.dumps(index).encode(), sync=True)
-        kept = {part.digest for part in parts}
+        return _remove_orphans(path, folder, _named(folder))
+
+
+def _require_whole(path: str, folder: OwnFolder, part: Part) -> None:
+    name = f"{part.digest}{_SUFFIX}"
+    try:
+        descriptor = folder.open(name, os.O_RDONLY)
+    except FileNotFoundError:
+        raise ArchiveError(f"{path}/{name} is gone") from None
+    try:
+        if (size := os.fstat(descriptor).st_size) != part.size:
+            raise ArchiveError(f"{path}/{name} has {size} bytes, not {part.size}")
+    finally:
+        os.close(descriptor)
+
+
+def _named(folder: OwnFolder) -> set[str]:
+    """Return the digests that an index names."""
+    named: set[str] = set()
+    for index in (INDEX, PREVIOUS):
         with contextlib.suppress(OSError, ArchiveError):
-            kept |= {part.digest for part in _parts_of(folder.read(PREVIOUS, _MAX_INDEX_BYTES))[0]}
-        return _remove_orphans(path, folder, kept)
+            named |= {part.digest for part in _parts_of(folder.read(index, _MAX_INDEX_BYTES))[0]}
+    return named
 
 
-def _remove_orphans(path: str, folder: OwnFolder, kept: set[str]) -> int:
+def _remove_orphans(path: str, folder: OwnFolder, kept: set[str], failed: Container[str] = ()) -> int:
     removed = 0
     for name in folder.names():
-        is_part = name.endswith(_SUFFIX) and name.removesuffix(_SUFFIX) not in kept
-        if not (is_part or name.startswith((_TEMPORARY, f".{INDEX}."))):
+        digest = name.removesuffix(_SUFFIX)
+        is_part = name.endswith(_SUFFIX) and digest not in kept
+        if not (is_part or name.startswith((_TEMPORARY, _BEGUN, f".{INDEX}."))):
             continue
         with contextlib.suppress(OSError):
             # a younger one may be of a worker that is about to write its index
-            if time.time() - os.lstat(os.path.join(path, name)).st_mtime > _ORPHAN_SECONDS:
+            if digest in failed or time.time() - os.lstat(os.path.join(path, name)).st_mtime > _ORPHAN_SECONDS:
                 folder.remove(name)
                 removed += 1
     return removed

@@ -32,8 +32,9 @@ from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.mpi.world import World
 from dynamo_mpi.stage.cache_archive import contents_of
+from dynamo_mpi.stage.cache_call import HelperCall
 from dynamo_mpi.stage.cache_key import key_of
-from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, HelperCall
+from dynamo_mpi.stage.cache_session import CachePlan, CacheSession
 from dynamo_mpi.stage.cache_store import Part, folders_of, name_of
 from dynamo_mpi.stage.compile_caches import LIBRARIES, assign
 
@@ -150,7 +151,7 @@ def start(base: Path, shared: Path, key: dict[str, Any], parts: Sequence[str], h
     folders = folders_of(str(shared), name)
     environ = dict(os.environ) | {"HOME": str(home), "TMPDIR": str(home)}
     began = time.monotonic()
-    found = HelperCall({"do": "look", "folders": folders, "key": key, "ranks": 1}, environ).result(30.0)
+    found = HelperCall({"do": "look", "folders": folders, "key": key, "ranks": 1, "worker": "w"}, environ).result(30.0)
     plan = CachePlan(
         name, (str(base),), found.get("folder", ""), tuple(Part(*each) for each in found.get("parts", ())), folders[0]
     )
@@ -164,7 +165,7 @@ def start(base: Path, shared: Path, key: dict[str, Any], parts: Sequence[str], h
     child = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = {
         "seeded": seeding.seeded,
-        "problems": list(seeding.problems),
+        "problems": [each.problem for each in seeding.problems],
         "seed_seconds": round(seed_seconds, 2),
         "seconds": json.loads(child.stdout.splitlines()[-1]),
         "folder": environ["TRITON_CACHE_DIR"].removesuffix("/triton"),

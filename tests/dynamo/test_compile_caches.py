@@ -138,6 +138,34 @@ def test_one_rank_s_file_that_is_bad_starts_all_ranks_cold_and_is_replaced(tmp_p
     terminate(third)
 
 
+def test_an_archive_with_which_a_start_failed_is_not_used_for_the_next_one(tmp_path: Path, start: Start) -> None:
+    first = start()
+    first.ready()
+    await_text(first, "written back to ")
+    terminate(first)
+    failed = start(DYN_MPI_FAULT="rank1:load:kill", DYN_MPI_ALLOW_FAULTS="1")
+    assert failed.wait() != 0
+    assert "caches: seeded from" in failed.text()
+    # a worker that is started again, by whatever started it
+    again = start(DYN_MPI_ATTEMPT="2")
+    again.ready()
+    assert kernels(again) == COLD
+    assert "start 2 of this worker; the one before may have failed with the archive in" in again.text()
+    assert "caches: none yet" not in again.text()
+    await_text(again, "written back to ")
+    terminate(again)
+    # it has served: what is restarted after that is seeded
+    third = start(DYN_MPI_ATTEMPT="3")
+    third.ready()
+    assert kernels(third) == SEEDED
+    await_text(third, "caches: nothing new was compiled")
+    terminate(third)
+    fourth = start(DYN_MPI_ATTEMPT="4")
+    fourth.ready()
+    assert kernels(fourth) == SEEDED
+    terminate(fourth)
+
+
 @pytest.mark.full
 def test_an_archive_that_others_can_write_is_refused_and_left_as_it_is(tmp_path: Path, start: Start) -> None:
     first = start()
@@ -150,7 +178,8 @@ def test_an_archive_that_others_can_write_is_refused_and_left_as_it_is(tmp_path:
     second = start()
     second.ready()
     assert kernels(second) == COLD
-    assert f"{archive} is a folder that others can write (mode 0770); chmod 700 {archive}" in second.text()
+    assert f"{archive} is a folder that others can write (mode 0770)\n" in second.text()
+    assert f"  fix:      chmod 700 {archive}\n" in second.text()
     terminate(second)
     assert sorted(os.listdir(archive)) == before
 

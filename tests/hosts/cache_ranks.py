@@ -31,7 +31,7 @@ def main() -> None:
     folders = folders_of(directory, name_of("M", key))
     packed = b""
     if world.rank == 0:
-        found = handle({"do": "look", "folders": folders, "key": key, "ranks": world.size})
+        found = handle({"do": "look", "folders": folders, "key": key, "ranks": world.size, "worker": "w"})
         parts = tuple(Part(*part) for part in found.get("parts", ()))
         packed = CachePlan(name_of("M", key), (base,), found.get("folder", ""), parts, folders[0]).pack().encode()
     plan = CachePlan.unpack(world.broadcast(packed).decode())
@@ -39,7 +39,9 @@ def main() -> None:
     session.begin()
     seeding = session.finish(world)
     if seeding is not None:
-        print(json.dumps({"seeded": seeding.seeded, "problems": seeding.problems}), flush=True)
+        print(
+            json.dumps({"seeded": seeding.seeded, "problems": [each.problem for each in seeding.problems]}), flush=True
+        )
     if os.environ.get("TRITON_CACHE_DIR"):
         compile_kernels(world.rank)
     answers = [json.loads(answer) for answer in world.gather(json.dumps(session.save()).encode())]

@@ -29,9 +29,10 @@ from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.mpi.world import World
 from dynamo_mpi.stage import cache_archive, cache_store
 from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
+from dynamo_mpi.stage.cache_call import HelperCall, Problem
 from dynamo_mpi.stage.cache_helper import handle
 from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
-from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, HelperCall, pick_base
+from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, pick_base, unlike_json
 from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
 from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
 from tests.unit.models import SMOLLM2
@@ -356,11 +357,13 @@ def test_what_is_written_back_is_found_and_seeds_and_nothing_new_is_not_written_
     tmp_path: Path, archive: tuple[Path, list[Any]]
 ) -> None:
     target, part = archive
-    found = handle({"do": "look", "folders": [str(tmp_path / "no"), str(target)], "key": KEY, "ranks": 1})
-    assert found == {"folder": str(target), "parts": [part]}
+    found = handle(
+        {"do": "look", "folders": [str(tmp_path / "no"), str(target)], "key": KEY, "ranks": 1, "worker": "w"}
+    )
+    assert found == {"folder": str(target), "parts": [part], "failed": False}
     assert seed(tmp_path, target, part)["files"] == 1
     again = {"do": "save", "folder": str(tmp_path / "into"), "target": str(target)}
-    assert handle(again) == {"part": part, "new": 0}
+    assert handle(again) == {"part": part, "new": 0, "written": False, "json": []}
     # logs grow at each start
     write(tmp_path / "into", {"flashinfer/flashinfer_jit.log": b"x", "flashinfer/op/.ninja_log": b"x"})
     assert handle(again)["new"] == 0
@@ -417,9 +420,11 @@ def test_what_others_can_write_is_refused_with_the_reason(
     for bits in (0o020, 0o002):
         usual = path.stat().st_mode & 0o777
         path.chmod(usual | bits)
-        looked = handle({"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1})
+        looked = handle({"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1, "worker": "w"})
         answer = seed(tmp_path, target, part) if which == "file" else looked
-        assert answer["refused"] and str(path) in answer["problem"] and "chmod" in answer["problem"], answer
+        assert answer["refused"] and str(path) in answer["problem"] and str(path) in answer["fix"], answer
+        assert answer["fix"].startswith("chmod ")
+        assert answer["expected"] == "files and folders that only this user or root could have written"
         assert "write" in answer["problem"]
         path.chmod(usual)
     assert "problem" not in seed(tmp_path, target, part)
@@ -466,6 +471,51 @@ def test_two_workers_that_write_at_once_leave_one_whole_archive(tmp_path: Path) 
     found = look([str(target)], KEY, 1)
     assert found is not None and list(found.parts) == first
     assert (target / f"{second[0].digest}.tar").exists()
+
+
+def test_a_part_that_is_gone_is_not_published(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
+    target, part = archive
+    index = (target / "index.json").read_bytes()
+    # another worker's archive replaced the one of which this rank keeps its part
+    other = saved(tmp_path, target, {"triton/b": b"b"})
+    (target / f"{part[0]}.tar").unlink()
+    answer = handle({"do": "publish", "target": str(target), "key": KEY, "parts": [other, part]})
+    assert answer["problem"].endswith(f"{part[0]}.tar is gone")
+    assert (target / "index.json").read_bytes() == index and not (target / "previous.json").exists()
+    (target / f"{part[0]}.tar").write_bytes(b"short")
+    answer = handle({"do": "publish", "target": str(target), "key": KEY, "parts": [other, part]})
+    assert "has 5 bytes, not" in answer["problem"]
+
+
+def test_what_is_written_and_not_published_is_removed_at_once(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
+    target, part = archive
+    before = set(os.listdir(target))
+    written = saved(tmp_path, target, {"triton/b": b"b"})
+    # another worker is about to publish it
+    young = saved(tmp_path, target, {"triton/c": b"c"})
+    (target / ".part-left").touch()
+    os.utime(target / ".part-left", (1, 1))
+    # the part that the index names stays, whatever is asked
+    request = {"do": "discard", "target": str(target), "digests": [written[0], part[0]]}
+    assert handle(request) == {"removed": 2}
+    assert set(os.listdir(target)) == before | {f"{young[0]}.tar"}
+
+
+def test_a_start_that_did_not_come_to_serve_is_known_to_the_next(
+    tmp_path: Path, archive: tuple[Path, list[Any]]
+) -> None:
+    target, part = archive
+
+    def may_have_failed(worker: str) -> bool:
+        request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1, "worker": worker}
+        return bool(handle(request)["failed"])
+
+    into = tmp_path / "into"
+    into.mkdir()
+    handle({"do": "seed", "source": str(target), "part": part, "folder": str(into), "worker": "ns.a"})
+    assert may_have_failed("ns.a") and not may_have_failed("ns.b")
+    handle({"do": "forget", "source": str(target), "worker": "ns.a"})
+    assert not may_have_failed("ns.a")
 
 
 # a rank's folder
@@ -574,8 +624,89 @@ def test_a_rank_has_its_folders_whether_it_is_seeded_or_not_until_it_ends(
         assert session.save()["new"] == 1
         session.remove()
         assert not os.path.exists(environ["TRITON_CACHE_DIR"]) and session.is_over
-        assert session.save() == {"problem": "it has ended"}
+        assert session.save()["problem"] == "it has ended"
     assert [name for name in os.listdir(tmp_path) if "caches" in name] == []
+
+
+class OneOfTwo(OneRank):
+    """Rank 0 of a world of two, whose rank 1 answers as given."""
+
+    size = 2
+
+    def __init__(self, other: dict[str, Any]) -> None:
+        self.other = other
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data, json.dumps({"slot": 0, "folder": True} | self.other).encode()]
+
+
+@pytest.fixture
+def with_tactics(tmp_path: Path) -> CachePlan:
+    """A plan with an archive whose parts have tactics."""
+    target = tmp_path / "shared" / "dynamo-mpi-0" / "M-1"
+    part = Part(*saved(tmp_path, target, {"triton/k": b"k", "autotuner/cache.json": b'{"rank_0": {}}'}))
+    publish(str(target), KEY, [part, part])
+    return CachePlan("M-1", (str(tmp_path),), str(target), (part, part), str(target), "ns.a")
+
+
+@pytest.mark.parametrize(
+    ("other", "seeded", "writes", "problem"),
+    [
+        ({"json": ["autotuner/cache.json"]}, True, True, ""),
+        ({"json": []}, False, True, "autotuner/cache.json is missing or not whole on rank 1, not on the others"),
+        ({"problem": "n2: no", "expected": "e", "fix": "f"}, False, True, "n2: no"),
+        # what it would write could never be published
+        ({"problem": "n2: no", "expected": "e", "fix": "f", "folder": False}, False, False, "n2: no"),
+    ],
+)
+def test_all_ranks_have_tactics_or_none(
+    with_tactics: CachePlan, other: dict[str, Any], seeded: bool, writes: bool, problem: str
+) -> None:
+    environ = dict(os.environ) | {ROOT_VARIABLE: ""}
+    session = CacheSession(0, with_tactics, environ, lambda _: None)
+    session.begin()
+    seeding = session.finish(cast("World", OneOfTwo(other)))
+    assert seeding is not None
+    assert (seeding.seeded, session.writes) == (seeded, writes)
+    assert [each.problem for each in seeding.problems] == [problem] * bool(problem)
+    assert os.path.exists(environ["TLLM_AUTOTUNER_CACHE_PATH"]) == seeded
+    session.remove()
+
+
+def test_a_rank_that_can_t_make_its_folders_reports_it_before_the_ranks_agree(
+    with_tactics: CachePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = dict(os.environ) | {ROOT_VARIABLE: ""}
+    session = CacheSession(0, with_tactics, environ, lambda _: None)
+    session.begin()
+    real = os.makedirs
+
+    def full(path: str, *rest: Any, **more: Any) -> None:
+        if "inductor" in path:
+            raise OSError(28, "No space left on device", path)
+        real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "makedirs", full)
+    seeding = session.finish(cast("World", OneOfTwo({"json": ["autotuner/cache.json"]})))
+    assert seeding is not None and not seeding.seeded
+    assert "inductor: No space left on device" in seeding.problems[0].problem
+    # nor are they made afterwards: the libraries are left alone, and nothing is written
+    assert "TLLM_AUTOTUNER_CACHE_PATH" not in environ.keys() - os.environ.keys()
+    assert "No space left" in session.save()["problem"]
+    session.remove()
+
+
+def test_tactics_that_are_not_whole_are_reported_with_what_was_written(tmp_path: Path) -> None:
+    target, folder = tmp_path / "t", tmp_path / "rank"
+    write(folder, {"triton/k": b"k", "autotuner/cache.json": b'{"rank_0": {'})
+    request = {"do": "save", "folder": str(folder), "target": str(target)}
+    broken = handle(request)
+    write(folder, {"autotuner/cache.json": b'{"rank_0": {}}'})
+    whole = handle(request)
+    assert (broken["json"], whole["json"]) == ([], ["autotuner/cache.json"])
+    unlike = unlike_json([whole, broken, whole, broken])
+    assert unlike is not None and "not whole on ranks 1, 3," in unlike.problem
+    assert unlike_json([whole, whole]) is None and unlike_json([broken, broken]) is None
 
 
 def test_a_rank_without_a_folder_leaves_the_libraries_alone(tmp_path: Path) -> None:
@@ -585,9 +716,25 @@ def test_a_rank_without_a_folder_leaves_the_libraries_alone(tmp_path: Path) -> N
     session.begin()
     seeding = session.finish(cast("World", OneRank()))
     assert seeding is not None and not seeding.seeded and not session.writes
-    assert len(seeding.problems) == 1 and "no folder for compile caches" in seeding.problems[0]
+    (problem,) = seeding.problems
+    assert "no folder for compile caches" in problem.problem and problem.fix == "name one with --stage or TMPDIR"
     assert environ == {}
     session.remove()
+
+
+# messages
+
+
+def test_several_problems_are_one_message_with_the_fix_of_each() -> None:
+    rights = Problem.of(UnsafeFileError("/s/a", "is a folder that others can write", "chmod 700 /s/a"))
+    room = Problem.of(OSError(28, "No space left on device", "/s/b"))
+    assert Problem.in_answer(rights._asdict()) == rights and Problem.in_answer({"part": []}) is None
+    joined = Problem.joined([rights, room])
+    assert joined.problem == "/s/a is a folder that others can write; /s/b: No space left on device"
+    assert joined.fix == "chmod 700 /s/a; correct its rights or make room"
+    many = Problem.joined([room._replace(problem=f"n{number}: no") for number in range(5)])
+    assert many.problem == "n0: no; n1: no; n2: no; and 2 more"
+    assert (many.expected, many.fix) == (room.expected, room.fix)
 
 
 # the helper process
@@ -595,13 +742,13 @@ def test_a_rank_without_a_folder_leaves_the_libraries_alone(tmp_path: Path) -> N
 
 def test_a_helper_answers_or_is_given_up(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
     target, part = archive
-    request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1}
-    assert HelperCall(request, os.environ).result(20.0) == {"folder": str(target), "parts": [part]}
+    request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1, "worker": "w"}
+    assert HelperCall(request, os.environ).result(20.0) == {"folder": str(target), "parts": [part], "failed": False}
     assert "has ended without an answer" in HelperCall({"do": "seed"}, os.environ).result(20.0)["problem"]
     stopped = HelperCall(request, os.environ)
     assert stopped._process is not None
     stopped._process.popen.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    assert stopped.result(0.2) == {"problem": "no answer within 0.2 s: the shared file system may hang"}
+    assert stopped.result(0.2)["problem"] == "no answer within 0.2 s: the shared file system may hang"
     assert time.monotonic() - began < 5
     assert stopped._process.exit_code() is not None
