@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ENGINE_VARIABLE = "TLLM_NUMA_AWARE_WORKER_AFFINITY"
 """TensorRT-LLM's: 1 to bind, anything else to leave ranks as they are; unset, it binds a rank that isn't bound and *unbinds* one that is."""
+BOUND, FITS = "bound", "fits"
+"""Kinds of `binding.RankBinding` that TensorRT-LLM is made to keep: bound by us; by the launcher, to the right CPUs."""
 
 
 def bind_rank(
@@ -33,7 +35,8 @@ def bind_rank(
     warn: Callable[[str], object],
     note: Callable[[str], object],
 ) -> None:
-    """Bind this rank, if it is among those to bind. Never raises: a rank that can't be bound runs as before.
+    """Do for this rank what rank 0 has decided. Never raises: a rank that can't be bound runs as before, but its memory is still kept out of the
+    GPUs' own nodes.
 
     Args:
         packed: from `binding.pack`.
@@ -43,27 +46,20 @@ def bind_rank(
         note: called with what is no problem, but worth a line in a debug log.
     """
     for part in packed.split(";"):
-        ranks, cpus, node, host_nodes = part.split("|") if part else ("", "", "", "")
+        ranks, kind, cpus, node, host_nodes = part.split("|") if part else ("",) * 5
         if rank in parse_list(ranks):
             break
     else:
         return
-    try:
-        bind_threads(parse_list(cpus))
-    except OSError as error:
-        warn(
-            f"this rank can't be bound to its GPU's CPUs, {cpus}: {error.strerror}\n"
-            "  expected: sched_setaffinity is allowed for a process's own threads, and the job keeps its CPUs\n"
-            "  fix:      --cpu-bind none (DYN_MPI_CPU_BIND), or allow it in the container's seccomp profile"
-        )
-        return
-    environ.setdefault(ENGINE_VARIABLE, "0")
+    is_bound = kind == BOUND and _bind(cpus, warn)
+    if is_bound or kind == FITS:
+        environ.setdefault(ENGINE_VARIABLE, "0")
     try:
         if memory_policy() != POLICY_DEFAULT:
             note("memory: the policy that launcher or user have set (numactl) is kept")
         elif host_nodes:
             set_memory_policy(POLICY_BIND, parse_list(host_nodes))
-        elif int(node) >= 0:
+        elif is_bound and int(node) >= 0:
             # a preference: where the node is full, memory of another is slower, but no reason to be killed
             set_memory_policy(POLICY_PREFERRED, (int(node),))
     except OSError as error:
@@ -76,3 +72,16 @@ def bind_rank(
         else:
             # the kernel then allocates where a thread runs, which is the same node
             note(f"memory: no policy can be set ({error.strerror})")
+
+
+def _bind(cpus: str, warn: Callable[[str], object]) -> bool:
+    try:
+        bind_threads(parse_list(cpus))
+    except OSError as error:
+        warn(
+            f"this rank can't be bound to its GPU's CPUs, {cpus}: {error.strerror}\n"
+            "  expected: sched_setaffinity is allowed for a process's own threads, and the job keeps its CPUs\n"
+            "  fix:      --cpu-bind none (DYN_MPI_CPU_BIND), or allow it in the container's seccomp profile"
+        )
+        return False
+    return True

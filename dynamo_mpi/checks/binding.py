@@ -12,7 +12,7 @@ With ``TLLM_NUMA_AWARE_WORKER_AFFINITY`` the user decides about it: 1 has the en
 
 from __future__ import annotations
 
-from dynamo_mpi.checks.bind_rank import ENGINE_VARIABLE
+from dynamo_mpi.checks.bind_rank import BOUND, ENGINE_VARIABLE, FITS
 from dynamo_mpi.checks.gpu_place import GpuPlace
 from dynamo_mpi.checks.rank_facts import lines, where
 from dynamo_mpi.common.affinity import format_list, parse_list
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.layout.finding import Finding
 
-BOUND, FITS, WRONG, FEW, SAME, LEFT, UNKNOWN = "bound", "fits", "wrong", "few", "same", "left", "unknown"
-"""What is done with a rank: bound by us; its launcher's CPUs fit; or don't; too few of its GPU's CPUs are allowed; all CPUs are next to its
-GPU; the user decides; its GPU's place isn't known. Only the first changes anything."""
+WRONG, FEW, SAME, LEFT, UNKNOWN = "wrong", "few", "same", "left", "unknown"
+"""What else is done with a rank's CPUs: its launcher's are wrong; too few of its GPU's are allowed; all are next to its GPU; the user decides;
+its GPU's place isn't known. They stay as they are. Whatever becomes of its CPUs, its memory is kept out of the GPUs' own nodes."""
 
 
 class RankBinding(NamedTuple):
@@ -69,24 +69,26 @@ def decide(rows: Sequence[RankFacts], *, bind: bool) -> tuple[RankBinding, ...]:
 
 
 def _decide(row: RankFacts, place: GpuPlace | None, near: frozenset[int], ranks: int, bind: bool) -> RankBinding:
-    mine, allowed = frozenset(row.facts.cpus), frozenset(row.facts.allowed)
-    shown = format_list(mine)
-    said = row.facts.variable(ENGINE_VARIABLE)
     if not bind:
-        return RankBinding(LEFT, shown)
+        return RankBinding(LEFT, format_list(row.facts.cpus))
+    kind = _kind(row, place, near, ranks)
+    cpus = format_list(near if kind == BOUND else row.facts.cpus)
+    return RankBinding(kind, cpus) if place is None else RankBinding(kind, cpus, place.node, place.host_nodes)
+
+
+def _kind(row: RankFacts, place: GpuPlace | None, near: frozenset[int], ranks: int) -> str:
+    mine, allowed = frozenset(row.facts.cpus), frozenset(row.facts.allowed)
+    said = row.facts.variable(ENGINE_VARIABLE)
     if place is None or not place.cpus or not mine or not allowed:
-        return RankBinding(UNKNOWN, shown)
+        return UNKNOWN
     if mine != allowed:
-        fits = mine <= parse_list(place.cpus)
         # with 1, the engine will bind it to the right ones
-        return RankBinding(FITS if fits else LEFT if said == "1" else WRONG, shown, place.node)
+        return FITS if mine <= parse_list(place.cpus) else LEFT if said == "1" else WRONG
     if near == allowed:
-        return RankBinding(SAME, shown, place.node)
+        return SAME
     if said not in (None, "1"):
-        return RankBinding(LEFT, shown)
-    if len(near) < ranks:
-        return RankBinding(FEW, shown, place.node)
-    return RankBinding(BOUND, format_list(near), place.node, place.host_nodes)
+        return LEFT
+    return FEW if len(near) < ranks else BOUND
 
 
 def check_binding(rows: Sequence[RankFacts], bindings: Sequence[RankBinding]) -> Iterator[Finding]:
@@ -128,14 +130,17 @@ def _describe(row: RankFacts, found: str) -> str:
 
 
 def describe(bindings: Sequence[RankBinding]) -> str:
-    """Return a line for the log; empty if nothing is bound."""
+    """Return a line for the log, before anything is bound; empty if nothing will be, and nothing was."""
     parts = []
-    for binding, ranks in _groups(bindings).items():
-        if binding.kind == BOUND:
-            memory = f"memory nodes {binding.host_nodes}" if binding.host_nodes else f"memory node {binding.node}"
-            parts.append(f"{_ranks(ranks)} on CPUs {binding.cpus}, {memory}")
-        elif binding.kind in (FITS, WRONG):
-            parts.append(f"{_ranks(ranks)} by the launcher on CPUs {binding.cpus}")
+    for (kind, cpus, node, host_nodes), ranks in _groups(bindings).items():
+        words = [f"bound by the launcher to CPUs {cpus}"] if kind in (FITS, WRONG) else []
+        memory = f"memory nodes {host_nodes}" if host_nodes else f"memory node {node}"
+        if kind == BOUND:
+            words.append(f"will be bound to CPUs {cpus}, {memory}")
+        elif host_nodes:
+            words.append(f"will be bound to {memory}")
+        if words:
+            parts.append(f"{_ranks(ranks)} {', '.join(words)}")
     return f"binding: {'; '.join(parts)}" if parts else ""
 
 
@@ -149,11 +154,11 @@ def as_record(bindings: Sequence[RankBinding]) -> dict[str, dict[str, object]]:
 
 
 def pack(bindings: Sequence[RankBinding]) -> str:
-    """Write what the ranks must do, for `bind_rank`; empty if nothing."""
+    """Write what the ranks must do, for `bind_rank`; empty if nothing. Only those to bind get CPUs."""
     return ";".join(
-        "|".join((format_list(ranks), binding.cpus, str(binding.node), binding.host_nodes))
-        for binding, ranks in _groups(bindings).items()
-        if binding.kind == BOUND
+        "|".join((format_list(ranks), kind, cpus if kind == BOUND else "", str(node), host_nodes))
+        for (kind, cpus, node, host_nodes), ranks in _groups(bindings).items()
+        if kind in (BOUND, FITS) or host_nodes
     )
 
 

@@ -123,7 +123,7 @@ class WorkerRecord:
         probe: the measurements of the hardware checks, by check; None if none ran.
         process_start: when rank 0's process began, as ``BOOT_ID:TICKS`` (since boot); None if that isn't known, or from an older writer.
         stage: what copying the model to the nodes took: path, bytes, nodes and seconds; None if it wasn't copied.
-        binding: the CPUs and the NUMA node of each rank, by ranks: kind, cpus, node; None if they aren't known.
+        binding: the CPUs and the NUMA node decided for each rank, by ranks: kind, cpus, node; None if they aren't known.
         caches: how the compile caches were seeded, and what was written back; None if they were left alone.
     """
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def announce_binding(bindings: Sequence[RankBinding], log: RankLogger) -> str:
-    """Log on which CPUs the ranks will run; return what they need to bind themselves, for `EngineSpec.bind`."""
+    """Log to which CPUs and memory the ranks will be bound; return what they need to bind themselves, for `EngineSpec.bind`."""
     if not bindings:
         return ""
     from dynamo_mpi.checks.binding import describe, pack

@@ -115,8 +115,8 @@ def test_ranks_and_child_run_next_to_their_gpus(
             str(rank): {"kind": "bound", "cpus": str(CPUS[rank]), "node": 0} for rank in range(RANKS)
         }
         assert (
-            f"binding: rank 0 on CPUs {CPUS[0]}, memory node 0; rank 1 on CPUs {CPUS[1]}, memory node 0"
-            in worker.text()
+            f"binding: rank 0 will be bound to CPUs {CPUS[0]}, memory node 0; "
+            f"rank 1 will be bound to CPUs {CPUS[1]}, memory node 0" in worker.text()
         )
         # which process is which rank is known of rank 0 alone
         assert [cpus_of(pid) for pid in ranks] == [{str(CPUS[0])}, {str(CPUS[1])}]

@@ -79,6 +79,8 @@ HGX = Machine({0: "0-31,64-95", 1: "32-63,96-127"}, (0, 0, 0, 0, 1, 1, 1, 1))
 GB200 = Machine({0: "0-71", 1: "72-143", **dict.fromkeys(range(2, 34), "")}, (0, 0, 1, 1), (2, 10, 18, 26))
 # the same, if the kernel gives the GPU's own node for the device
 GB200_OWN = GB200._replace(gpus=GB200.own_memory)
+# one Grace, one Hopper
+GH200 = Machine({0: "0-71", **dict.fromkeys(range(1, 9), "")}, (0,), (1,))
 ONE_NODE = Machine({0: "0-15"}, (0, 0))
 # one node, and a firmware that doesn't say
 VIRTUAL = Machine({0: "0-31"}, (-1, -1))
@@ -150,7 +152,8 @@ def test_two_sockets_with_four_gpus_each(tmp_path: Path) -> None:
     assert bindings[:4] == (RankBinding("bound", "0-31,64-95", 0),) * 4  # both threads of each core
     assert bindings[4:] == (RankBinding("bound", "32-63,96-127", 1),) * 4
     assert describe(bindings) == (
-        "binding: ranks 0-3 on CPUs 0-31,64-95, memory node 0; ranks 4-7 on CPUs 32-63,96-127, memory node 1"
+        "binding: ranks 0-3 will be bound to CPUs 0-31,64-95, memory node 0; "
+        "ranks 4-7 will be bound to CPUs 32-63,96-127, memory node 1"
     )
     assert as_record(bindings)["4-7"] == {"kind": "bound", "cpus": "32-63,96-127", "node": 1}
     assert list(check_binding(rows, bindings)) == []
@@ -163,6 +166,38 @@ def test_gb200_never_gets_a_memory_only_node(tmp_path: Path, machine: Machine) -
         decided(rows) == [RankBinding("bound", "0-71", 0, "0-1")] * 2 + [RankBinding("bound", "72-143", 1, "0-1")] * 2
     )
     assert "memory nodes 0-1" in describe(decide(rows, bind=True))
+
+
+def test_one_grace_has_no_cpus_to_choose_but_keeps_memory_out_of_its_gpu(tmp_path: Path) -> None:
+    rows = rank_rows(GH200, tmp_path / "sys")
+    bindings = decide(rows, bind=True)
+    assert bindings == (RankBinding("same", "0-71", 0, "0"),)
+    assert pack(bindings) == "0|same||0|0"
+    assert describe(bindings) == "binding: rank 0 will be bound to memory nodes 0"
+    assert list(check_binding(rows, bindings)) == []
+    assert pack(decide(rows, bind=False)) == ""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "mask", "said", "kind"),
+    [
+        ("0-71", "", None, "same"),  # a job with one Grace of two
+        ("", "0-3", None, "fits"),
+        ("", "72-75", None, "wrong"),
+        ("72-143", "", None, "few"),
+        ("", "", "0", "left"),
+        ("", "72-75", "1", "left"),
+    ],
+)
+def test_memory_is_kept_out_of_gb200s_gpus_whatever_becomes_of_the_cpus(
+    tmp_path: Path, allowed: str, mask: str, said: str | None, kind: str
+) -> None:
+    environ = {} if said is None else {ENGINE_VARIABLE: said}
+    masks = [mask] if mask else []
+    rows = rank_rows(GB200, tmp_path / "sys", ranks=1, allowed=allowed, masks=masks, environ=environ)
+    bindings = decide(rows, bind=True)
+    assert pack(bindings) == f"0|{kind}||0|0-1"
+    assert describe(bindings).endswith("will be bound to memory nodes 0-1")
 
 
 @pytest.mark.parametrize("machine", [ONE_NODE, VIRTUAL], ids=["known", "not said"])
@@ -229,8 +264,9 @@ def test_what_the_launcher_has_bound_is_left_and_judged(tmp_path: Path) -> None:
     text = render([finding])
     assert "ranks 1, 3-4, 6 on n1" in text and "--cpu-bind=none" in text and "--bind-to none" in text
     assert "rank 1 on n1: GPU 1 (0000:19:00.0) is next to CPUs 0-31,64-95 (node 0), bound to CPUs 32-63,96-127" in text
-    assert pack(bindings) == ""
-    assert describe(bindings).startswith("binding: ranks 0, 2 by the launcher on CPUs 0-31,64-95; ")
+    # TensorRT-LLM would unbind what fits; what doesn't is left to it
+    assert pack(bindings) == "0,2|fits||0|;5,7|fits||1|"
+    assert describe(bindings).startswith("binding: ranks 0, 2 bound by the launcher to CPUs 0-31,64-95; ")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +407,7 @@ needs_numa = pytest.mark.skipif(not kernel_has_numa(), reason="the kernel allows
 @needs_numa
 def test_all_threads_and_children_run_on_the_cpus_and_allocate_on_the_node() -> None:
     cpu = str(max(os.sched_getaffinity(0)))
-    *threads, policies, variable, child, said = bound(f"0-2|0|0|;3-4|{cpu}|0|")
+    *threads, policies, variable, child, said = bound(f"0-2|bound|0|0|;3-4|bound|{cpu}|0|")
     assert threads == [cpu] * 3
     assert policies == "policies prefer:0"
     assert variable == "variable 0"
@@ -382,7 +418,29 @@ def test_all_threads_and_children_run_on_the_cpus_and_allocate_on_the_node() -> 
 @needs_numa
 def test_beside_gpus_whose_memory_is_a_node_only_the_others_are_used() -> None:
     cpu = str(min(os.sched_getaffinity(0)))
-    assert "policies bind:0" in bound(f"3|{cpu}|0|0")
+    assert "policies bind:0" in bound(f"3|bound|{cpu}|0|0")
+
+
+@needs_numa
+@pytest.mark.parametrize(("kind", "variable"), [("same", None), ("wrong", None), ("fits", "0")])
+def test_a_rank_whose_cpus_stay_has_its_memory_bound(kind: str, variable: str | None) -> None:
+    lines = bound(f"3|{kind}||0|0")
+    assert lines[0] == format_list(os.sched_getaffinity(0))
+    assert "policies bind:0" in lines and f"variable {variable}" in lines and lines[-1] == "said"
+
+
+def test_tensorrt_llm_is_made_to_keep_what_the_launcher_has_bound_rightly() -> None:
+    lines = bound("3|fits||0|")
+    assert lines[0] == format_list(os.sched_getaffinity(0))
+    assert "variable 0" in lines and not any("policies prefer" in line for line in lines)
+    assert "variable 1" in bound("3|fits||0|", **{ENGINE_VARIABLE: "1"})
+
+
+@needs_numa
+def test_memory_is_bound_even_if_the_cpus_can_not_be() -> None:
+    lines = bound("3|bound|8000|0|0")
+    assert "policies bind:0" in lines and "variable None" in lines
+    assert "policies default" in bound("3|bound|8000|0|")
 
 
 @needs_numa
@@ -394,7 +452,7 @@ def test_what_the_user_has_set_is_kept() -> None:
     )
     before = (sys.executable, "-c", code)
     done = subprocess.run(
-        [*before, "-c", BIND, f"3|{cpu}|0|"],
+        [*before, "-c", BIND, f"3|bound|{cpu}|0|"],
         env={**os.environ, "PYTHONPATH": str(ROOT), ENGINE_VARIABLE: "1"},
         capture_output=True,
         text=True,
@@ -406,13 +464,13 @@ def test_what_the_user_has_set_is_kept() -> None:
 
 def test_a_rank_that_is_not_named_is_left_alone() -> None:
     everything = format_list(os.sched_getaffinity(0))
-    lines = bound("0-2|0|0|")
+    lines = bound("0-2|bound|0|0|")
     assert lines[0] == everything
     assert "variable None" in lines
 
 
 def test_cpus_that_are_not_allowed_are_a_warning() -> None:
-    lines = bound("3|8000|0|")
+    lines = bound("3|bound|8000|0|")
     assert lines[0] == format_list(os.sched_getaffinity(0))
     assert "said this rank can't be bound to its GPU's CPUs, 8000: Invalid argument" in lines
 
