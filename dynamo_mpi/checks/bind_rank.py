@@ -35,8 +35,8 @@ def bind_rank(
     warn: Callable[[str], object],
     note: Callable[[str], object],
 ) -> None:
-    """Do for this rank what rank 0 has decided. Never raises: a rank that can't be bound runs as before, but its memory is still kept out of the
-    GPUs' own nodes.
+    """Do for this rank what rank 0 has decided. Never raises: a rank that can't be bound runs as before, but its memory is still kept out of
+    the GPUs' own nodes.
 
     Args:
         packed: from `binding.pack`.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 WRONG, FEW, SAME, LEFT, UNKNOWN = "wrong", "few", "same", "left", "unknown"
-"""What else is done with a rank's CPUs: its launcher's are wrong; too few of its GPU's are allowed; all are next to its GPU; the user decides;
-its GPU's place isn't known. They stay as they are. Whatever becomes of its CPUs, its memory is kept out of the GPUs' own nodes."""
+"""What else becomes of a rank's CPUs: its launcher's are wrong; too few of its GPU's are allowed; all are next to its GPU; the user decides;
+its GPU's place isn't known. They stay as they are. In any case a rank's memory is kept out of the GPUs' own nodes."""
 
 
 class RankBinding(NamedTuple):

@@ -221,6 +221,7 @@ _VALUES = {
     **dict.fromkeys(("to_path", "to_path_text"), "PATH"),
     "to_file": "FILE",
     "to_folder": "DIR",
+    "to_stage": "DIR|auto|none",
     "to_words": "WORDS",
     "to_fraction": "FRACTION",
 }

@@ -59,6 +59,19 @@ def test_a_rank_s_examples_can_be_typed_and_its_groups_exist() -> None:
     assert stale(build_parser(), WORKER) == set()
 
 
+def test_each_of_a_rank_s_options_is_in_one_group() -> None:
+    grouped = [name for names in WORKER.values() for name in names]
+    assert sorted(grouped) == sorted(set(grouped))
+    # under "other options"
+    rest = {action.dest for action in build_parser()._actions} - set(grouped)
+    assert rest == {"help", "version", "settings", "preflight_only"}
+
+
+def test_where_to_stage_is_shown_as_what_can_be_typed() -> None:
+    assert "--stage DIR|auto|none" in build_parser().format_help()
+    assert "--stage DIR|auto|none" in parser_of("stage").format_help()
+
+
 def test_groups_name_options_that_exist() -> None:
     known = {action.dest for verb in help_text.GROUPS for action in parser_of(verb)._actions}
     assert {name for groups in help_text.GROUPS.values() for names in groups.values() for name in names} <= known
