@@ -46,7 +46,7 @@ _SETTLE_SECONDS = 0.4
 _NO_AGENTS_SETTLE_SECONDS = 0.3
 # ranks of one node only: everything that is readable is read in the order in which it happened
 _SINGLE_NODE_SETTLE_SECONDS = 0.02
-# rank 0, if alive, reports by itself and knows more than its agent
+# rank 0, if alive, reports by itself and knows more than its agent, but not of ranks that are still in the preflight
 _RANK0_REPORT_SECONDS = 2.0
 # how long the deputy waits for the hub's report; a hub that exited together with rank 0 is not replaced
 _HUB_REPORT_SECONDS = 1.5
@@ -230,7 +230,7 @@ class WorldWatch:
         if self._launch.launcher is Launcher.HYDRA and observed.failure.cause is DetectedBy.DISCONNECT:
             # mpiexec kills all other ranks at once, and with them the connection to its output
             self.decide_at = now
-        elif self._local_ranks.rank0_reports() and not self._rank0_lost:
+        elif self._local_ranks.rank0_reports() and not self._rank0_lost and observed.failure.phase != "preflight":
             self.decide_at = min(self.decide_at, now + _RANK0_REPORT_SECONDS)
         else:
             self._decide_soon()

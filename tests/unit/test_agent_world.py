@@ -180,6 +180,16 @@ def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
     assert (reports(world), len(taken)) == ([report], 2), "what is reported already is not reported again"
 
 
+def test_a_death_of_which_rank_0_cannot_know_is_reported_without_it(world: list[Agent]) -> None:
+    hub, _, other = world
+    begin = time.monotonic()
+    other.watch.on_failure(ObservedFailure(death(other.rank)._replace(phase="preflight"), other.host))
+    turn_until(world, lambda: hub.watch.reported)
+    assert time.monotonic() - begin < 1.5, "rank 0 would have two seconds"
+    (report,) = reports(world)
+    assert (report.failure.rank, report.host) == (other.rank, other.host)
+
+
 def test_a_signal_to_rank_0_does_not_hide_the_death_that_the_agents_have_seen(world: list[Agent]) -> None:
     hub, _, other = world
     other.dies()
