@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions without end, for the soak: ``soak_load.py PORT MODEL THREADS``, of a frontend on this host's loopback.
+"""Completions without end, for the soaks: ``soak_load.py [HOST:]PORT MODEL THREADS``, of a frontend, by default on this host's loopback.
 
 Asks for each answer once while nothing else is asked, prints "references", and then asks for them at random, streamed or not, until its stdin
 closes. Prints each request's end as a line of JSON; an answer that came whole, and isn't its reference, is "wrong". Standard library only.
@@ -43,10 +43,10 @@ class End(NamedTuple):
     how: str
 
 
-def ask(port: int, model: str, prompt: str, tokens: int, stream: bool) -> End:
+def ask(address: str, model: str, prompt: str, tokens: int, stream: bool) -> End:
     """Ask for one completion."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
+    connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     try:
         words = json.dumps({**body, "stream": stream})
         connection.request("POST", "/v1/completions", words, {"Content-Type": "application/json"})
@@ -85,12 +85,12 @@ class Load:
     """The requests.
 
     Args:
-        port: the frontend's.
+        address: the frontend's, ``HOST:PORT``.
         model: its name.
     """
 
-    def __init__(self, port: int, model: str) -> None:
-        self.port, self.model = port, model
+    def __init__(self, address: str, model: str) -> None:
+        self.address, self.model = address, model
         self.references: dict[tuple[str, int], str] = {}
         self.lock, self.over = threading.Lock(), threading.Event()
 
@@ -102,7 +102,7 @@ class Load:
         """Ask for each answer while no other is computed."""
         for prompt in PROMPTS:
             for tokens in LENGTHS:
-                while not (end := ask(self.port, self.model, prompt, tokens, False)).is_whole:
+                while not (end := ask(self.address, self.model, prompt, tokens, False)).is_whole:
                     time.sleep(PAUSE_SECONDS)
                 self.references[prompt, tokens] = end.text
         self.say("references")
@@ -113,7 +113,7 @@ class Load:
         while not self.over.is_set():
             prompt, tokens, stream = dice.choice(PROMPTS), dice.choice(LENGTHS), dice.random() < 0.7
             began = time.time()
-            end = ask(self.port, self.model, prompt, tokens, stream)
+            end = ask(self.address, self.model, prompt, tokens, stream)
             reference = self.references[prompt, tokens]
             kind = "failed"
             if end.is_whole:
@@ -129,7 +129,8 @@ class Load:
 
 
 def main() -> int:
-    load = Load(int(sys.argv[1]), sys.argv[2])
+    address = sys.argv[1] if ":" in sys.argv[1] else f"127.0.0.1:{sys.argv[1]}"
+    load = Load(address, sys.argv[2])
     load.take_references()
     threads = [threading.Thread(target=load.run, args=(number,)) for number in range(int(sys.argv[3]))]
     for thread in threads:

@@ -195,8 +195,7 @@ def main() -> int:
 
 
 def _run(deployment: RecoveringDeployment, arguments: argparse.Namespace) -> int:
-    port = deployment.url.rpartition(":")[2]
-    command = (sys.executable, LOAD, port, MODEL, str(arguments.threads))
+    command = (sys.executable, LOAD, deployment.url.rpartition("/")[2], MODEL, str(arguments.threads))
     process = deployment.slurm.cluster.popen(
         command, host="n1", environment=deployment.slurm.environment(OUR_MODULES), stdin=subprocess.PIPE
     )
