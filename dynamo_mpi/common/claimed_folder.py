@@ -14,9 +14,11 @@ import fcntl
 import os
 import shutil
 
+from dynamo_mpi.common.folder_walk import user_folder
 from dynamo_mpi.common.own_files import OwnFolder
 
 LOCK = ".lock"
+_PREFIX = "dynamo-mpi-caches"
 _GONE = ".gone-"
 _ATTEMPTS, _MOST_SLOTS = 20, 64
 
@@ -60,10 +62,11 @@ def claim(parent: str, name: str) -> ClaimedFolder:
         UnsafeFileError: another user could write there.
         OSError: it can't be created, or there are no locks.
     """
-    root = os.path.join(parent, f"dynamo-mpi-caches-{os.geteuid()}")
+    root = os.path.join(parent, user_folder(_PREFIX))
     for _ in range(_ATTEMPTS):
         try:
-            with OwnFolder(root, sole=True, create=True):
+            with OwnFolder(root, sole=True, create=True) as folder:
+                folder.require_own()
                 # from here on by its path: nobody else can replace any part of it
                 _sweep(root)
                 for slot in range(_MOST_SLOTS):
@@ -82,7 +85,7 @@ def claim(parent: str, name: str) -> ClaimedFolder:
 def remove_claimed(path: str) -> None:
     """Remove a folder whose process has ended, unless another one has claimed it since. Does not raise."""
     with contextlib.suppress(OSError):
-        if os.path.basename(os.path.dirname(path)) == f"dynamo-mpi-caches-{os.geteuid()}":
+        if os.path.basename(os.path.dirname(path)) == user_folder(_PREFIX):
             _remove_if_free(path)
 
 

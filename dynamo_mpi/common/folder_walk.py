@@ -55,7 +55,7 @@ def fix_for(error: OSError, otherwise: str) -> str:
     return (isinstance(error, UnsafeFileError) and error.fix) or otherwise
 
 
-def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False) -> int:
+def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False, mode: int = 0o700) -> int:
     """Return the descriptor of a directory, see `own_files.OwnFolder`."""
     # the current folder may be gone, and an absolute path doesn't need it
     whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
@@ -68,7 +68,7 @@ def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False) -
             name = parts.pop()
             try:
                 # the flag has automounts mounted
-                following = _step(name, here, create=create)
+                following = _step(name, here, create=create, mode=mode)
             except NotADirectoryError:
                 links += 1
                 target = _target(os.path.join(place, name), name, here, links)
@@ -86,7 +86,7 @@ def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False) -
     return here
 
 
-def _step(name: str, parent: int, *, create: bool) -> int:
+def _step(name: str, parent: int, *, create: bool, mode: int) -> int:
     """Open a directory in another one."""
     try:
         return os.open(name, STEP | os.O_DIRECTORY, dir_fd=parent)
@@ -94,7 +94,7 @@ def _step(name: str, parent: int, *, create: bool) -> int:
         if not create:
             raise
     with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=parent)
+        os.mkdir(name, mode, dir_fd=parent)
     return os.open(name, STEP | os.O_DIRECTORY, dir_fd=parent)
 
 
@@ -153,6 +153,37 @@ def _require_guarded(path: str, status: os.stat_result, *, sole: bool) -> None:
 def _trusted() -> tuple[int, ...]:
     """Return the users whose links and directories are trusted on the way."""
     return (0, os.geteuid(), *_outside())
+
+
+def user_number() -> int:
+    """Return this user's number outside of this user namespace: in containers that show their user as root, it alone is the user's own.
+
+    Source: user_namespaces(7), "User and group ID mappings". Of a namespace in another one, it is that of the outer.
+    """
+    own = os.geteuid()
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/uid_map", encoding="ascii") as file:
+        for line in file:
+            inside, outside, count = map(int, line.split())
+            if inside <= own < inside + count:
+                return outside + own - inside
+    return own
+
+
+def require_root_s(path: str) -> None:
+    """Raise a `ForeignFileError` unless root has made a folder.
+
+    In a user namespace root is seen as all users outside are, so there the folder above must be one in which only its owner creates folders.
+    """
+    status, above = os.lstat(path), os.stat(os.path.dirname(path))
+    if status.st_uid and (status.st_uid not in _outside() or above.st_mode & WRITABLE_BY_OTHERS):
+        raise ForeignFileError(
+            path, f"belongs to user {status.st_uid}, or it can't be seen from here that it is root's"
+        )
+
+
+def user_folder(prefix: str = "dynamo-mpi") -> str:
+    """Return the name of this user's folder below one that users share."""
+    return f"{prefix}-{user_number()}"
 
 
 @functools.cache

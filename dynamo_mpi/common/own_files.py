@@ -31,8 +31,9 @@ class OwnFolder:
     Args:
         path: the directory.
         guarded: it must be this user's, and no other user may write in it or replace it.
-        create: create it and the directories before it, for this user only, where they don't exist.
+        create: create it and the directories before it, for this user only unless ``mode`` says otherwise, where they don't exist.
         sole: as ``guarded``; besides, no group may write in it, on the way to it, or in its files, and it may be root's.
+        mode: permissions of directories that it creates, less the umask.
 
     Raises:
         UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` or ``sole`` requires.
@@ -42,10 +43,16 @@ class OwnFolder:
     _sole = False
 
     def __init__(
-        self, path: str | os.PathLike[str], *, guarded: bool = False, create: bool = False, sole: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        guarded: bool = False,
+        create: bool = False,
+        sole: bool = False,
+        mode: int = 0o700,
     ) -> None:
         self.path, self._sole = os.fspath(path), sole
-        self._descriptor = open_folder(self.path, guarded=guarded or sole, create=create, sole=sole)
+        self._descriptor = open_folder(self.path, guarded=guarded or sole, create=create, sole=sole, mode=mode)
 
     @classmethod
     def _of(cls, path: str, descriptor: int) -> OwnFolder:
@@ -66,6 +73,10 @@ class OwnFolder:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def require_own(self) -> None:
+        """Raise a `ForeignFileError` unless it is this user's own: ``sole`` takes root's as well."""
+        require_own(self.path, os.fstat(self._descriptor))
 
     def names(self) -> list[str]:
         """Return the names of its entries, sorted."""

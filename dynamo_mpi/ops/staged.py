@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.folder_walk import user_folder
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory
-from dynamo_mpi.stage.store import Store, own_name
+from dynamo_mpi.stage.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ def read_staged(folder: str) -> Staged:
         FileNotFoundError: there is no such folder.
         StageError: it can't be used.
     """
-    path, entries = os.path.join(folder, own_name()), list["Entry"]()
+    path, entries = os.path.join(folder, user_folder()), list["Entry"]()
     os.stat(folder)
     with contextlib.suppress(FileNotFoundError), contextlib.closing(Store(folder, create=False)) as store:
         path, entries = store.path, store.entries()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 20.0
 _PUBLISH_SECONDS = 60.0
+_NOT_SEEDED = "not seeded, kernels are compiled"
 _SETTING = "--cache (DYN_MPI_CACHE)"
 
 
@@ -103,8 +104,10 @@ class LeaderCaches(WorkerHook):
         )
         target = folders[0]
         if (problem := Problem.in_answer(found)) is not None:
-            self._warn(problem)
+            self._warn(problem, "not read from this user's own archive" if "folder" in found else _NOT_SEEDED)
             target = "" if found.get("refused") else target
+        for line in found.get("skipped", ()):
+            self._log.info(f"caches: skipped, as if it weren't there: {line}")
         source = str(found.get("folder", ""))
         # an archive that root has made stays as it is
         target = target if source in ("", target) else ""
@@ -245,7 +248,7 @@ class LeaderCaches(WorkerHook):
 
         return HelperCall(request, os.environ).result(seconds)
 
-    def _warn(self, problem: Problem, what: str = "not seeded, kernels are compiled") -> None:
+    def _warn(self, problem: Problem, what: str = _NOT_SEEDED) -> None:
         self._log.warning(
             f"compile caches are {what}: {problem.problem}\n  expected: {problem.expected}\n  fix:      {problem.fix}"
         )

@@ -90,15 +90,32 @@ def save(request: dict[str, Any]) -> dict[str, Any]:
     return {"part": list(part), "new": contents.new_beside(before), "written": True, "json": contents.json}
 
 
+def look_up(request: dict[str, Any]) -> dict[str, Any]:
+    """Look for an archive, first for this user's own. What is wrong with one of root's is a line, as others can't correct it."""
+    answer: dict[str, Any] = {"skipped": []}
+    for number, path in enumerate(request["folders"]):
+        try:
+            found = look(path, request["key"], request["ranks"])
+        except (OSError, ArchiveError) as error:
+            is_refused = isinstance(error, PermissionError)
+            if number == 0:
+                answer |= {**Problem.of(error, path)._asdict(), "refused": is_refused}
+                if isinstance(error, ArchiveError):
+                    break  # it is replaced
+            elif isinstance(error, UnsafeFileError) or not is_refused:
+                answer["skipped"].append(Problem.of(error, path).problem)
+            continue
+        if found is not None:
+            failed = may_have_failed(found.folder, request["worker"])
+            return answer | {"folder": path, "parts": [list(part) for part in found.parts], "failed": failed}
+    return answer
+
+
 def handle(request: dict[str, Any]) -> dict[str, Any]:
     """Return the answer to a request; a problem if it can't be done."""
     try:
         if request["do"] == "look":
-            found = look(request["folders"], request["key"], request["ranks"])
-            if found is None:
-                return {}
-            failed = may_have_failed(found.folder, request["worker"])
-            return {"folder": found.folder, "parts": [list(part) for part in found.parts], "failed": failed}
+            return look_up(request)
         if request["do"] == "seed":
             return seed(request)
         if request["do"] == "save":

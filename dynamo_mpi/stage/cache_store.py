@@ -20,6 +20,7 @@ import re
 import time
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.folder_walk import require_root_s, user_folder, user_number
 from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.stage.cache_archive import ArchiveError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping, Sequence
 
 INDEX, PREVIOUS = "index.json", "previous.json"
+_ROOT = "dynamo-mpi-0"
 _SUFFIX = ".tar"
 _TEMPORARY = ".part-"
 _BEGUN = ".begun-"
@@ -71,27 +73,50 @@ def name_of(model: str, key: Mapping[str, Any]) -> str:
 
 def folders_of(directory: str, name: str) -> tuple[str, ...]:
     """Return where an archive may be: this user's own, then one that root has made for all."""
-    return tuple(os.path.join(directory, f"dynamo-mpi-{user}", name) for user in dict.fromkeys((os.geteuid(), 0)))
+    return tuple(os.path.join(directory, user, name) for user in dict.fromkeys((user_folder(), _ROOT)))
 
 
-def look(folders: Sequence[str], key: Mapping[str, Any], ranks: int) -> Found | None:
-    """Return the first archive for this key; None if there is none.
+def look(path: str, key: Mapping[str, Any], ranks: int) -> Found | None:
+    """Return the archive in a folder; None if there is none.
 
     Raises:
-        ArchiveError: there is one, and its index is of something else.
-        UnsafeFileError: there is one, and others could have written it.
+        ArchiveError: its index is of something else.
+        UnsafeFileError: others could have written it.
         OSError: it can't be read.
     """
-    for path in folders:
-        try:
-            with OwnFolder(path, sole=True) as folder:
-                parts, written_for = _parts_of(folder.read(INDEX, _MAX_INDEX_BYTES))
-        except FileNotFoundError:
-            continue
-        if written_for != json.loads(json.dumps(key)) or len(parts) != ranks:
-            raise ArchiveError(f"{path}/{INDEX} is of another engine, GPU, driver, model or layout")
-        return Found(path, parts)
-    return None
+    try:
+        with _open(path) as folder:
+            parts, written_for = _parts_of(folder.read(INDEX, _MAX_INDEX_BYTES))
+    except FileNotFoundError:
+        return None
+    if written_for != json.loads(json.dumps(key)) or len(parts) != ranks:
+        raise ArchiveError(f"{path}/{INDEX} is of another engine, GPU, driver, model or layout")
+    return Found(path, parts)
+
+
+def _open(path: str, *, create: bool = False) -> OwnFolder:
+    """Open an archive's folder, which must be in one of this user's own or root's."""
+    folder = OwnFolder(path, sole=True, create=create, mode=0o755 if _is_for_all() else 0o700)
+    try:
+        above = os.path.dirname(path)
+        if os.path.basename(above) == _ROOT != user_folder():
+            require_root_s(above)
+        else:
+            with OwnFolder(above, sole=True) as own:
+                own.require_own()
+    except OSError:
+        folder.close()
+        raise
+    return folder
+
+
+def _is_for_all() -> bool:
+    """Return whether other users shall read what this one writes: root's archives have no secrets, and are for all."""
+    return user_number() == 0
+
+
+def _file_mode() -> int:
+    return 0o644 if _is_for_all() else 0o600
 
 
 def read_part(path: str, part: Part, use: Callable[[IO[bytes]], object]) -> None:
@@ -101,7 +126,7 @@ def read_part(path: str, part: Part, use: Callable[[IO[bytes]], object]) -> None
         UnsafeFileError: others could have written it.
         OSError: it can't be read.
     """
-    with OwnFolder(path, sole=True) as folder:
+    with _open(path) as folder:
         descriptor = folder.open(f"{part.digest}{_SUFFIX}", os.O_RDONLY)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         use(file)
@@ -118,9 +143,9 @@ def write_part(path: str, write: Callable[[IO[bytes]], tuple[str, int]]) -> Part
         UnsafeFileError: others could write there.
         OSError: it can't be written.
     """
-    with OwnFolder(path, sole=True, create=True) as folder:
+    with _open(path, create=True) as folder:
         temporary = f"{_TEMPORARY}{os.urandom(8).hex()}"
-        descriptor = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        descriptor = folder.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, _file_mode())
         try:
             with os.fdopen(descriptor, "w+b") as file:
                 digest, files = write(file)
@@ -136,13 +161,13 @@ def write_part(path: str, write: Callable[[IO[bytes]], tuple[str, int]]) -> Part
 
 def note_start(path: str, worker: str) -> None:
     """Note that a worker starts with this archive, until `forget_start`. Where it can't be written, `may_have_failed` is true anyway."""
-    with contextlib.suppress(OSError), OwnFolder(path, sole=True) as folder:
+    with contextlib.suppress(OSError), _open(path) as folder:
         folder.write(f"{_BEGUN}{worker}", b"")
 
 
 def forget_start(path: str, worker: str) -> None:
     """Remove what `note_start` wrote: the worker serves."""
-    with contextlib.suppress(OSError), OwnFolder(path, sole=True) as folder:
+    with contextlib.suppress(OSError), _open(path) as folder:
         folder.remove(f"{_BEGUN}{worker}")
 
 
@@ -158,7 +183,7 @@ def discard(path: str, digests: Sequence[str]) -> int:
         UnsafeFileError: others could write there.
         OSError: it can't be read.
     """
-    with OwnFolder(path, sole=True) as folder:
+    with _open(path) as folder:
         return _remove_orphans(path, folder, _named(folder), set(digests))
 
 
@@ -171,13 +196,13 @@ def publish(path: str, key: Mapping[str, Any], parts: Sequence[Part]) -> int:
         OSError: it can't be written.
     """
     index = {"version": _VERSION, "at": time.time(), "key": key, "parts": [list(part) for part in parts]}
-    with OwnFolder(path, sole=True, create=True) as folder:
+    with _open(path, create=True) as folder:
         for part in parts:
             _require_whole(path, folder, part)
         with contextlib.suppress(OSError):
             # a worker that starts now may still read the files of this one
-            folder.write(PREVIOUS, folder.read(INDEX, _MAX_INDEX_BYTES))
-        folder.write(INDEX, json.dumps(index).encode(), sync=True)
+            folder.write(PREVIOUS, folder.read(INDEX, _MAX_INDEX_BYTES), _file_mode())
+        folder.write(INDEX, json.dumps(index).encode(), _file_mode(), sync=True)
         return _remove_orphans(path, folder, _named(folder))
 
 

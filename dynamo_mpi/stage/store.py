@@ -24,7 +24,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.folder_walk import reason
+from dynamo_mpi.common.folder_walk import reason, user_folder
 from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_in_memory, is_shared, size_on_disk
@@ -40,11 +40,6 @@ _MARK_SECONDS = 3600.0
 _MAX_MARKER_BYTES = 64 << 20
 _SPARE_BYTES = 64 << 20
 _MUTEX_SECONDS, _POLL_SECONDS = 10.0, 0.01
-
-
-def own_name() -> str:
-    """Return the name of this user's folder below ``DIR``."""
-    return f"dynamo-mpi-{os.geteuid()}"
 
 
 class State(Enum):
@@ -94,7 +89,7 @@ class Store:
         try:
             with (
                 OwnFolder(folder, create=create) as parent,
-                parent.subfolder(own_name(), create=create) as own,
+                parent.subfolder(user_folder(), create=create) as own,
             ):
                 self.path = os.path.realpath(own.path)
             self.type = file_system_type(self.path)

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +24,9 @@ from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.checks.rank_report import ComparedFile
+from dynamo_mpi.common import folder_walk
 from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
-from dynamo_mpi.common.folder_walk import UnsafeFileError
+from dynamo_mpi.common.folder_walk import UnsafeFileError, user_folder
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
@@ -36,7 +40,7 @@ from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, pick_base, u
 from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
 from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
 from tests.unit.models import SMOLLM2
-from tests.unit.neighbour import NOBODY, needs_root
+from tests.unit.neighbour import NOBODY, as_neighbour, needs_root
 
 Files = dict[str, bytes]
 SHAPE = parse_model_shape(json.dumps(SMOLLM2), "config.json")
@@ -360,7 +364,7 @@ def test_what_is_written_back_is_found_and_seeds_and_nothing_new_is_not_written_
     found = handle(
         {"do": "look", "folders": [str(tmp_path / "no"), str(target)], "key": KEY, "ranks": 1, "worker": "w"}
     )
-    assert found == {"folder": str(target), "parts": [part], "failed": False}
+    assert found == {"folder": str(target), "parts": [part], "failed": False, "skipped": []}
     assert seed(tmp_path, target, part)["files"] == 1
     again = {"do": "save", "folder": str(tmp_path / "into"), "target": str(target)}
     assert handle(again) == {"part": part, "new": 0, "written": False, "json": []}
@@ -385,14 +389,14 @@ def test_what_is_written_back_is_found_and_seeds_and_nothing_new_is_not_written_
 
 def test_an_index_of_something_else_or_none_is_refused(archive: tuple[Path, list[Any]]) -> None:
     target, _ = archive
-    look([str(target)], KEY, 1)
+    look(str(target), KEY, 1)
     for other, ranks in (({**KEY, "engine": "x"}, 1), (KEY, 2)):
         with pytest.raises(ArchiveError, match="another engine"):
-            look([str(target)], other, ranks)
+            look(str(target), other, ranks)
     for content in ("", "[]", '{"version": 2}', '{"version": 1, "key": {}, "parts": [["../../x", 1, 1]]}'):
         (target / "index.json").write_text(content)
         with pytest.raises(ArchiveError, match="no index of this version"):
-            look([str(target)], KEY, 1)
+            look(str(target), KEY, 1)
 
 
 def test_a_part_that_is_changed_or_gone_seeds_nothing(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
@@ -431,18 +435,147 @@ def test_what_others_can_write_is_refused_with_the_reason(
 
 
 @needs_root
-def test_what_another_user_has_is_refused_and_root_s_is_taken(
-    tmp_path: Path, archive: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_user_has_is_refused_and_root_s_is_taken(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
     target, part = archive
     os.chown(target / f"{part[0]}.tar", NOBODY, NOBODY)
     assert f"belongs to user {NOBODY}" in seed(tmp_path, target, part)["problem"]
     os.chown(target / f"{part[0]}.tar", 0, 0)
-    for above in (tmp_path, *list(tmp_path.parents)[:-2]):
-        above.chmod(0o755 if above != Path("/tmp") else 0o1777)
-    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    assert look([str(target)], KEY, 1) is not None
-    assert folders_of("/s", "M") == (f"/s/dynamo-mpi-{NOBODY}/M", "/s/dynamo-mpi-0/M")
+    assert "problem" not in seed(tmp_path, target, part)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users reach."""
+    folder = Path(tempfile.mkdtemp(prefix="caches-"))
+    folder.chmod(0o1777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def archive_in(shared: Path) -> None:
+    """Write this user's archive, of one rank."""
+    target = Path(folders_of(str(shared), "M-1")[0])
+    rank = shared / f"rank-{os.geteuid()}"
+    rank.mkdir()
+    part = saved(rank, target, {"triton/k": b"k"})
+    assert handle({"do": "publish", "target": str(target), "key": KEY, "parts": [part]}) == {"removed": 0}
+
+
+def looked_up(shared: Path) -> dict[str, Any]:
+    return handle({"do": "look", "folders": folders_of(str(shared), "M-1"), "key": KEY, "ranks": 1, "worker": "w"})
+
+
+@needs_root
+def test_root_s_archive_is_read_by_other_users(shared: Path) -> None:
+    before = os.umask(0o022)
+    archive_in(shared)
+    os.umask(before)
+
+    def use_it() -> None:
+        found = looked_up(shared)
+        assert found["folder"] == f"{shared}/dynamo-mpi-0/M-1" and found["skipped"] == [], found
+        # where no note of the start can be kept, a restart isn't seeded
+        assert found["failed"]
+        into = shared / "nobody"
+        into.mkdir()
+        request = {"do": "seed", "source": found["folder"], "part": found["parts"][0], "folder": str(into)}
+        assert handle(request)["files"] == 1
+
+    as_neighbour(use_it)
+    (shared / "dynamo-mpi-0/M-1/index.json").chmod(0o600)
+    as_neighbour(lambda: expect(looked_up(shared), {"skipped": []}))
+    (shared / "dynamo-mpi-0").chmod(0o700)
+    as_neighbour(lambda: expect(looked_up(shared), {"skipped": []}))
+
+
+def expect(found: object, right: object) -> None:
+    assert found == right
+
+
+@needs_root
+def test_a_stranger_s_folder_in_place_of_root_s_is_skipped_with_one_line(shared: Path) -> None:
+    archive_in(shared)
+    os.chown(shared / "dynamo-mpi-0", 12345, 12345)
+
+    def look_twice() -> None:
+        (line,) = looked_up(shared)["skipped"]
+        assert line.startswith(f"{shared}/dynamo-mpi-0 belongs to user 12345"), line
+        archive_in(shared)
+        assert looked_up(shared)["folder"] == f"{shared}/dynamo-mpi-{NOBODY}/M-1"
+
+    as_neighbour(look_twice)
+
+
+@needs_root
+def test_a_stranger_s_folder_in_place_of_this_user_s_is_refused_and_root_s_is_used(shared: Path) -> None:
+    archive_in(shared)
+    theirs = shared / f"dynamo-mpi-{NOBODY}"
+    (theirs / "M-1").mkdir(parents=True)
+    os.chown(theirs, 12345, 12345)
+
+    def look_up() -> None:
+        found = looked_up(shared)
+        assert found["refused"] and "belongs to user 12345" in found["problem"]
+        assert found["folder"] == f"{shared}/dynamo-mpi-0/M-1"
+
+    as_neighbour(look_up)
+
+
+def within_a_namespace_as_its_root() -> bool:
+    """Become root of a user namespace, as in a container; return whether that is allowed here."""
+    outside = os.geteuid()
+    library = ctypes.CDLL(None)
+    # after setuid(2), /proc/self is root's
+    library.prctl(4, 1, 0, 0, 0)
+    if library.unshare(0x10000000):
+        return False
+    Path("/proc/self/uid_map").write_text(f"0 {outside} 1")
+    folder_walk._outside.cache_clear()
+    return True
+
+
+def require_namespaces() -> None:
+    try:
+        as_neighbour(lambda: expect(within_a_namespace_as_its_root(), right=True))
+    except AssertionError:
+        pytest.skip("user namespaces aren't allowed here")
+
+
+@needs_root
+def test_users_whom_their_containers_show_as_root_have_folders_of_their_own(shared: Path) -> None:
+    for user in (shared / "dynamo-mpi-0", shared / f"dynamo-mpi-{NOBODY - 1}"):
+        (user / "M-1").mkdir(parents=True)
+        os.chown(user, 12345, 12345)
+
+    def in_a_container() -> None:
+        assert within_a_namespace_as_its_root()
+        assert os.geteuid() == 0 and user_folder() == f"dynamo-mpi-{NOBODY}"
+        archive_in(shared)
+        assert looked_up(shared)["folder"] == f"{shared}/dynamo-mpi-{NOBODY}/M-1"
+        assert (shared / f"dynamo-mpi-{NOBODY}").stat().st_mode & 0o777 == 0o700
+        claimed = claim(str(shared), "M-r0")
+        assert claimed.path == f"{shared}/dynamo-mpi-caches-{NOBODY}/M-r0"
+        claimed.remove()
+
+    require_namespaces()
+    as_neighbour(in_a_container)
+
+
+@needs_root
+@pytest.mark.parametrize(("mode", "is_taken"), [(0o1777, False), (0o755, True)])
+def test_in_a_container_root_s_archive_is_taken_where_nobody_else_could_have_made_it(
+    shared: Path, mode: int, is_taken: bool
+) -> None:
+    archive_in(shared)
+    shared.chmod(mode)
+
+    def in_a_container() -> None:
+        assert within_a_namespace_as_its_root()
+        found = looked_up(shared)
+        assert ("folder" in found) == is_taken and len(found["skipped"]) == (not is_taken), found
+
+    require_namespaces()
+    as_neighbour(in_a_container)
 
 
 def test_a_link_of_an_archive_is_not_followed(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
@@ -468,7 +601,7 @@ def test_two_workers_that_write_at_once_leave_one_whole_archive(tmp_path: Path) 
     second = [Part(*saved(tmp_path, target, {"triton/b": b"b"}))]
     publish(str(target), KEY, second)
     publish(str(target), KEY, first)
-    found = look([str(target)], KEY, 1)
+    found = look(str(target), KEY, 1)
     assert found is not None and list(found.parts) == first
     assert (target / f"{second[0].digest}.tar").exists()
 
@@ -743,7 +876,12 @@ def test_several_problems_are_one_message_with_the_fix_of_each() -> None:
 def test_a_helper_answers_or_is_given_up(tmp_path: Path, archive: tuple[Path, list[Any]]) -> None:
     target, part = archive
     request = {"do": "look", "folders": [str(target)], "key": KEY, "ranks": 1, "worker": "w"}
-    assert HelperCall(request, os.environ).result(20.0) == {"folder": str(target), "parts": [part], "failed": False}
+    assert HelperCall(request, os.environ).result(20.0) == {
+        "folder": str(target),
+        "parts": [part],
+        "failed": False,
+        "skipped": [],
+    }
     assert "has ended without an answer" in HelperCall({"do": "seed"}, os.environ).result(20.0)["problem"]
     stopped = HelperCall(request, os.environ)
     assert stopped._process is not None
