@@ -25,7 +25,7 @@ from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.ops.staged import describe, read_staged
 from dynamo_mpi.stage.manifest import StageError
-from dynamo_mpi.stage.site import AUTO, NONE, site_folder
+from dynamo_mpi.stage.site import AUTO, folder_to_use
 from dynamo_mpi.stage.store import Store
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: no folder is given, it can't be used, or has no such copy.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
-    if values["stage"] == AUTO and (site := site_folder(os.environ)) is not None:
-        values["stage"] = site.path
-    if values["stage"] in (AUTO, NONE):
-        raise UsageError("no folder was given", expected="the workers' folder", fix="--stage DIR, or DYN_MPI_STAGE=DIR")
+    values["stage"] = folder_to_use(str(values["stage"]), os.environ)
     if arguments.model is not None:
         return _copy(_Copying(arguments.model, arguments.nodes, arguments.dry_run, values))
     if arguments.nodes is not None or arguments.dry_run:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 
-from dynamo_mpi.common.errors import RetryableError, UsageError
+from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.mpi.placement import hosts
@@ -31,19 +31,11 @@ def settings_to_only_stage(settings: Settings) -> Settings:
     """Return the settings of a world that only stages: it has no files of a worker's, whatever flags it shares with one.
 
     Raises:
-        UsageError: there is no ``--stage``, nor a folder of the site's.
+        UsageError: there is no ``--stage``, nor a folder of the site's that can be used.
     """
-    from dynamo_mpi.stage.site import AUTO, NONE, site_folder
+    from dynamo_mpi.stage.site import folder_to_use
 
-    folder = settings.stage
-    if folder == AUTO and (site := site_folder(os.environ)) is not None and not site.problem:
-        folder = site.path
-    if folder in (AUTO, NONE):
-        raise UsageError(
-            "--only-stage needs to know where to",
-            expected="a folder on a disk of each node",
-            fix="--stage DIR, or DYN_MPI_STAGE=DIR",
-        )
+    folder = folder_to_use(settings.stage, os.environ)
     endpoint = f"dyn://{settings.namespace}.stage.generate"
     return replace(settings, stage=folder, endpoint=endpoint, ready_file=None, metrics_file=None, timeline=None)
 
@@ -130,6 +122,11 @@ class LeaderStaging:
             self._due = self._began + self._interval
             self._staging = Staging(self._world, self._plan, self._on_status)
             self._staging.begin()
+            if awaited := self._staging.awaited:
+                self._log.info(
+                    f"stage: another worker on {', '.join(awaited)} copies the model, waiting for it "
+                    f"(at most {self._plan.seconds:g} s)"
+                )
 
     def cancel(self) -> None:
         """End it, as the worker stops; what is copied only in part is removed. No effect once it has ended."""

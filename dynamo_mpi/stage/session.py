@@ -82,6 +82,8 @@ class Staging:
         self._result: dict[str, Any] = {}
         self._path = self._problem = ""
         self._in_memory = False
+        self.awaited: tuple[str, ...] = ()
+        """The nodes, after `begin` on a node's first rank, on which another worker copies the model: this one waits for it."""
 
     def begin(self) -> None:
         """Agree on which nodes copy, and start. Collective; takes as long as looking at the copies on the slowest node."""
@@ -98,6 +100,7 @@ class Staging:
         if not is_first or self._problem:
             self._release()
             return
+        self.awaited = tuple(arranged["awaited"])
         state = State(mine["state"])
         ring = {rank: Peer(*peer) for rank, peer in arranged["ring"]}
         node = list(ring).index(self._world.rank) if self._world.rank in ring else -1
@@ -234,7 +237,9 @@ class Staging:
         feeder = feeders[:1] if ring else []
         marks = {answer["mark"]: answer["host"] for answer in nodes.values() if "mark" in answer}
         token = secrets.token_hex(TOKEN_BYTES)
-        return {"ring": feeder + ring, "fed": bool(feeder), "coordinator": peer(first), "token": token, "marks": marks}
+        awaited = [answer["host"] for answer in nodes.values() if answer["state"] == State.BUSY.value]
+        arranged = {"ring": feeder + ring, "fed": bool(feeder), "coordinator": peer(first), "token": token}
+        return arranged | {"marks": marks, "awaited": awaited}
 
     def _start(self, node: int, ring: tuple[Peer, ...], arranged: Mapping[str, Any]) -> None:
         plan = self._plan

@@ -18,6 +18,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.stage.file_system import file_system_type, is_in_memory, is_shared
 
 if TYPE_CHECKING:
@@ -47,6 +48,24 @@ def site_folder(environ: Mapping[str, str]) -> SiteFolder | None:
         if path := environ.get(variable):
             return SiteFolder(path, variable, problem_of(path))
     return None
+
+
+def folder_to_use(stage: str, environ: Mapping[str, str]) -> str:
+    """Return the folder that ``--stage`` means where copies are all that is asked for.
+
+    Raises:
+        UsageError: it is ``none``; or ``auto``, and the site gives jobs no folder, or one that is no place for copies.
+    """
+    if stage not in (AUTO, NONE):
+        return stage
+    found = site_folder(environ) if stage == AUTO else None
+    if found is not None and not found.problem:
+        return found.path
+    raise UsageError(
+        "no folder was given" if found is None else f"{found.variable} ({found.path}) {found.problem}",
+        expected="the workers' folder, on a disk of each node",
+        fix="--stage DIR, or DYN_MPI_STAGE=DIR",
+    )
 
 
 def problem_of(path: str) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.stage.manifest import scan
-from dynamo_mpi.stage.store import Store
+from dynamo_mpi.stage.store import State, Store
 from tests.conftest import Mpirun, mpi_environment, run_command
 from tests.mpi.test_worker_refusals import assert_refused
 
@@ -43,6 +44,20 @@ def test_a_world_stages_and_ends(mpirun: Mpirun, tmp_path: Path, model: Path) ->
     assert "1 node had the model already" in again.stderr
 
 
+def test_a_wait_for_another_worker_s_copy_is_logged_at_once(mpirun: Mpirun, tmp_path: Path, model: Path) -> None:
+    local, manifest = tmp_path / "local", scan(str(model))
+    store = Store(str(local))
+    # this process is the other worker
+    lock = store.open_lock(manifest.folder_name)
+    assert store.take(lock, manifest) is State.MISSING
+    words = ("--only-stage", "--model", str(model), "--stage", str(local), "--stage-timeout", "2")
+    done = mpirun.worker(1, *words)
+    os.close(lock)
+    assert done.returncode == 75
+    waiting = f"stage: another worker on {host_name()} copies the model, waiting for it (at most 2 s)"
+    assert waiting in done.stderr.partition("has not copied the model within 2 s")[0]
+
+
 def test_the_verb_stages_on_this_node(tmp_path: Path, model: Path) -> None:
     local = tmp_path / "local"
     command = [sys.executable, "-m", "dynamo_mpi", "stage", model.name, "--stage", str(local)]
@@ -64,7 +79,7 @@ def test_what_can_t_be_staged_ends_the_world(mpirun: Mpirun, tmp_path: Path, mod
 
 
 def test_where_to_must_be_known(mpirun: Mpirun, model: Path) -> None:
-    assert_refused(mpirun.worker(2, "--only-stage", "--model", str(model)), 64, "--only-stage needs to know where to")
+    assert_refused(mpirun.worker(2, "--only-stage", "--model", str(model)), 64, "no folder was given")
 
 
 def test_the_site_s_folder_is_where_to(tmp_path: Path, model: Path) -> None:

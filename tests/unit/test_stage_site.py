@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.hooks import WorkerHooks
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.runtime.engine_choice import describe_read_ahead
-from dynamo_mpi.runtime.leader_staging import LeaderStaging
+from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
 from dynamo_mpi.stage import site
 from dynamo_mpi.stage.file_system import file_system_type
 from dynamo_mpi.stage.plan import StagePlan
@@ -98,6 +100,25 @@ def test_another_user_s_folder_memory_and_shared_file_systems_are_not(
     assert site.problem_of("scratch") == "is no absolute path"
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert site.problem_of(str(scratch)) == f"belongs to user {scratch.stat().st_uid}"
+
+
+def test_only_staging_refuses_a_folder_that_auto_would_not_take(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(WorkerSources(["--only-stage", "--model", "m"], {}))
+    monkeypatch.setenv("SLURM_TMPDIR", str(scratch))
+    assert settings_to_only_stage(settings).stage == str(scratch)
+    assert main(["stage"]) == 0
+    scratch.chmod(0o777)
+    problem = f"SLURM_TMPDIR ({scratch}) can be written by others"
+    with pytest.raises(UsageError) as refused:
+        settings_to_only_stage(settings)
+    assert str(refused.value).startswith(problem)
+    for words in ([], ["m", "--dry-run"], ["--unstage", "all"]):
+        assert main(["stage", *words]) == 64
+        assert problem in capsys.readouterr().err
+    # who names it decides
+    assert main(["stage", "m", "--dry-run", "--stage", str(scratch)]) == 0
 
 
 def test_several_nodes_stage_to_the_site_s_folder(scratch: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
