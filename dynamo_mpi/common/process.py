@@ -30,6 +30,12 @@ def host_name() -> str:
     return os.uname().nodename.partition(".")[0]
 
 
+def package_path(environ: Mapping[str, str]) -> str:
+    """Return a PYTHONPATH with which another interpreter finds this package."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
+
+
 def home_variable(environ: Mapping[str, str]) -> dict[str, str]:
     """Return a ``HOME`` for an environment that lacks one, as a service's may: Open MPI doesn't start without it."""
     if environ.get("HOME"):

@@ -12,9 +12,9 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.folder_walk import UnsafeFileError, fix_for
+from dynamo_mpi.common.process import package_path
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.stage.cache_archive import ArchiveError
-from dynamo_mpi.stage.session import package_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ from dynamo_mpi.common.errors import DynamoMpiError, RetryableError
 from dynamo_mpi.common.folder_walk import reason
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.ports import LOOPBACK
-from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.process import host_name, package_path
 from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Status
@@ -320,12 +320,6 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def package_path(environ: Mapping[str, str]) -> str:
-    """Return a PYTHONPATH with which another interpreter finds this package."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
 
 
 def describe(figures: Mapping[str, Any]) -> str:

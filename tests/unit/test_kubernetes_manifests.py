@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -110,9 +113,29 @@ def test_our_programs_take_what_the_pods_say(name: str, part: str, template: dic
 
 def test_the_guides_services_file_is_one() -> None:
     guide = (MANIFESTS.parent / "kubernetes.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"jq -n '(\{environment: .*?\})'", guide, re.DOTALL)
-    content = json.loads(re.sub(r"([{ ])([A-Za-z_]+):", r'\1"\2":', program))
+    (text,) = re.findall(r"^cat > services.json <<'END'.*?\n(.*?)^END$", guide, re.DOTALL | re.MULTILINE)
+    content = json.loads(text)
     assert variables_in(content) == content["environment"]
+
+
+def test_the_guides_commands_make_the_file_its_owners_and_name_no_secret(tmp_path: Path) -> None:
+    guide = (MANIFESTS.parent / "kubernetes.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^(openssl rand .*?)^kubectl create configmap", guide, re.DOTALL | re.MULTILINE)
+    # instead of kubectl: its words, what it reads, and the rights of the file
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text('#!/bin/sh\necho "$@"\nfor word; do file=${word#--from-file=*=}; done\ncat "$file" | wc -c\n')
+    kubectl.chmod(0o755)
+    script = script.replace("&& rm services.json", "&& stat -c %a services.json")
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", "-ec", f"umask 022; {script}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "create secret generic dynamo-mpi-pods --from-file=secret=/dev/stdin",
+        "65",
+        "create secret generic dynamo-services --from-file=services.json=services.json",
+        str((tmp_path / "services.json").stat().st_size),
+        "600",
+    ]
 
 
 @pytest.mark.parametrize(("name", "part", "template"), all_templates())
