@@ -11,6 +11,7 @@ import os
 
 from dynamo_mpi.common.affinity import allowed_cpus, format_list, parse_list
 from dynamo_mpi.common.distributions import installed_versions
+from dynamo_mpi.common.host_platform import host_platform
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _OTHERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NCCL
 _FREE = ("TLLM_SPAWN_PROXY_PROCESS", "TLLM_LOG_", "TLLM_PROFILE_", "TRTLLM_CACHE_DIR", "TRTLLM_PRINT_STACKS_PERIOD")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LONGEST_VALUE = 200
-_HEAD = 10
+_HEAD = 11
 
 
 class StaleFile(NamedTuple):
@@ -60,7 +61,7 @@ class HostFacts(NamedTuple):
     """One rank's host.
 
     Args:
-        speaks_for_node: whether this rank read the facts of the node; on others ``versions``, ``shm_*`` and ``leftovers`` are empty.
+        speaks_for_node: whether this rank read the facts of the node; others have no ``versions``, ``platform``, ``shm_*``, ``leftovers``.
         mpi_library: the first words of the MPI library's own version text.
         cpus: the CPUs that this rank may run on.
         variables: environment variables that affect the engine, with their values; variables that aren't set are left out.
@@ -70,6 +71,7 @@ class HostFacts(NamedTuple):
         shm_free: free bytes in it.
         leftovers: files of this user in it that look like an earlier worker's.
         allowed: the CPUs that the job or container allows it; more than ``cpus`` if launcher or user have bound it.
+        platform: for what host code is compiled here, from `host_platform`.
     """
 
     speaks_for_node: bool
@@ -82,6 +84,7 @@ class HostFacts(NamedTuple):
     shm_free: int = 0
     leftovers: tuple[StaleFile, ...] = ()
     allowed: tuple[int, ...] = ()
+    platform: tuple[tuple[str, str], ...] = ()
 
     def variable(self, name: str) -> str | None:
         """Return the value of an environment variable; None if it isn't set."""
@@ -93,7 +96,7 @@ class HostFacts(NamedTuple):
 
     def pack(self) -> tuple[str, ...]:
         """Write it as a flat list of strings, for `dynamo_mpi.common.codec`."""
-        counts = (len(self.variables), len(self.versions), len(self.leftovers))
+        counts = (len(self.variables), len(self.versions), len(self.platform), len(self.leftovers))
         return (
             "node" if self.speaks_for_node else "",
             self.mpi_library,
@@ -103,7 +106,7 @@ class HostFacts(NamedTuple):
             str(self.shm_bytes),
             str(self.shm_free),
             *map(str, counts),
-            *(text for pair in (*self.variables, *self.versions) for text in pair),
+            *(text for pair in (*self.variables, *self.versions, *self.platform) for text in pair),
             *(str(field) for leftover in self.leftovers for field in leftover),
         )
 
@@ -117,10 +120,11 @@ class HostFacts(NamedTuple):
         if len(values) < _HEAD:
             raise ValueError(f"{len(values)} fields are too few for the facts of a host")
         node, library, cpus, allowed, path, size, free = values[:7]
-        variables, versions, leftovers = (int(count) for count in values[7:_HEAD])
-        if min(variables, versions, leftovers) < 0 or len(values) != _HEAD + 2 * (variables + versions) + 3 * leftovers:
+        counts = [int(count) for count in values[7:_HEAD]]
+        variables, versions, platform, leftovers = counts
+        end = _HEAD + 2 * (variables + versions + platform)
+        if min(counts) < 0 or len(values) != end + 3 * leftovers:
             raise ValueError(f"{len(values)} fields can't be the facts of a host")
-        end = _HEAD + 2 * (variables + versions)
         pairs = [(values[at], values[at + 1]) for at in range(_HEAD, end, 2)]
         left = (StaleFile(values[at], int(values[at + 1]), int(values[at + 2])) for at in range(end, len(values), 3))
         return cls(
@@ -128,12 +132,13 @@ class HostFacts(NamedTuple):
             library,
             tuple(sorted(parse_list(cpus))),
             tuple(pairs[:variables]),
-            tuple(pairs[variables:]),
+            tuple(pairs[variables : variables + versions]),
             path,
             int(size),
             int(free),
             tuple(left),
             tuple(sorted(parse_list(allowed))),
+            tuple(pairs[variables + versions :]),
         )
 
 
@@ -159,7 +164,8 @@ def collect(
         return HostFacts(False, library, cpus, variables, shm_path=shm, allowed=allowed)
     size, free = room(shm)
     left = tuple(_leftovers(shm))
-    return HostFacts(True, library, cpus, variables, tuple(_versions()), shm, size, free, left, allowed)
+    versions, platform = tuple(_versions()), host_platform(environ)
+    return HostFacts(True, library, cpus, variables, versions, shm, size, free, left, allowed, platform)
 
 
 def _cpus() -> tuple[int, ...]:

@@ -13,14 +13,13 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
-import re
 import stat
 import tarfile
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.claimed_folder import LOCK
 from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.host_platform import cpu_kind
 from dynamo_mpi.stage.compile_caches import is_bound, json_places
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ MOST_FILES = 500_000
 _TIME, _HOME, _CPU = "DYNAMOMPI.mtime_ns", "DYNAMOMPI.home", "DYNAMOMPI.cpu"
 _GROUP = "__grp__"
 _MOST_GROUP_BYTES = 1 << 20
-_INSTRUCTIONS = re.compile(r"(avx|sse|ssse|fma|bmi|amx|f16c|popcnt|sve|asimd|neon|i8mm|bf16)\w*")
 _CHUNK = 4 << 20
 _ATTEMPTS = 3
 _MOST_SHOWN = 200
@@ -154,17 +152,6 @@ def unpack(source: IO[bytes], folder: str) -> None:
                     _extract(archive, member, os.path.join(folder, path), (home, folder))
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ArchiveError(f"it is no whole archive: {error}") from None
-
-
-def cpu_kind() -> str:
-    """Return a short text that differs between CPUs with other instructions: host code is compiled for the one that it is compiled on."""
-    words: list[str] = []
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith(("flags", "Features")):
-                words = sorted(word for word in line.partition(":")[2].split() if _INSTRUCTIONS.fullmatch(word))
-                break
-    return f"{platform.machine()}-{hashlib.sha256(' '.join(words).encode()).hexdigest()[:8]}"
 
 
 def copy_checked(source: IO[bytes], target: IO[bytes], size: int, digest: str) -> None:

@@ -27,7 +27,7 @@ class KeyUnknownError(Exception):
 def key_of(
     subject: LayoutSpec, files: Sequence[ComparedFile], rows: Sequence[RankFacts], *, without_gpus: bool
 ) -> dict[str, Any]:
-    """Return the key for a worker: engine, versions, each rank's GPU and driver, the model's config, the layout and each rank's place.
+    """Return the key for a worker: engine, versions, each rank's GPU, driver, host and place, the model's config, the layout.
 
     Args:
         subject: the worker.
@@ -39,6 +39,8 @@ def key_of(
         KeyUnknownError: a GPU or its driver isn't known.
     """
     versions = next((row.facts.versions for row in rows if row.facts.versions), ())
+    # host code is compiled too; one rank of each node knows for what
+    platforms = {row.host: dict(row.facts.platform) for row in rows if row.facts.speaks_for_node}
     digest = hashlib.sha256()
     for file in files:
         if file.label == _MODEL_LABEL:
@@ -51,6 +53,7 @@ def key_of(
         "machine": platform.machine(),
         # files name the headers of packages by their paths
         "prefix": sys.prefix,
+        "hosts": [platforms.get(row.host, {}) for row in rows],
         "gpus": [_gpu_of(row, without_gpus=without_gpus) for row in rows],
         "model": digest.hexdigest(),
         "role": subject.role,

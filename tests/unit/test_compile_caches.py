@@ -27,6 +27,7 @@ from dynamo_mpi.checks.rank_report import ComparedFile
 from dynamo_mpi.common import folder_walk
 from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
 from dynamo_mpi.common.folder_walk import UnsafeFileError, user_folder
+from dynamo_mpi.common.host_platform import cpu_kind
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
@@ -109,7 +110,10 @@ def test_the_user_s_root_is_for_all_of_them() -> None:
 # what makes an archive valid
 
 GPU = GpuFacts(0, "GPU-a", "NVIDIA H200", 90)
-HOST = HostFacts(True, "Open MPI", versions=(("tensorrt_llm", "1.3.0"), ("torch", "2.11"), ("mpi4py", "4.1")))
+PLATFORM = (("cpu", "x86_64-1"), ("libc", "glibc 2.39"), ("system", "ubuntu 24.04"), ("cuda toolkit", "13.0.1"))
+HOST = HostFacts(
+    True, "Open MPI", versions=(("tensorrt_llm", "1.3.0"), ("torch", "2.11"), ("mpi4py", "4.1")), platform=PLATFORM
+)
 
 
 def row(rank: int, **more: Any) -> RankFacts:
@@ -129,14 +133,27 @@ def key(subject: LayoutSpec | None = None, rows: list[RankFacts] | None = None, 
     return key_of(subject, files, rows or [row(0), row(1)], without_gpus=False)
 
 
+def platform_with(changed: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "other" if name == changed else value) for name, value in PLATFORM)
+
+
 def test_the_key_has_all_that_makes_kernels_valid_and_no_more() -> None:
     usual = key()
     assert usual["versions"] == {"tensorrt_llm": "1.3.0", "torch": "2.11"}
+    assert usual["hosts"] == [dict(PLATFORM)] * 2
     assert usual["gpus"] == [["NVIDIA H200", 90, "580.1"]] * 2
     assert usual == key() == json.loads(json.dumps(usual))
     other_versions = HOST._replace(versions=(("tensorrt_llm", "1.3.1"),))
     changed = {
         "engine": key(rows=[row(0)._replace(facts=other_versions), row(1)]),
+        **{
+            name: key(rows=[row(0)._replace(facts=HOST._replace(platform=platform_with(name))), row(1)])
+            for name, _ in PLATFORM
+        },
+        # on other nodes as well
+        "one node's CPU": key(
+            rows=[row(0), row(1)._replace(host="n2", facts=HOST._replace(platform=platform_with("cpu")))]
+        ),
         "driver": key(rows=[row(0, driver="590.1"), row(1, driver="590.1")]),
         "one rank's driver": key(rows=[row(0), row(1, driver="590.1")]),
         "GPU": key(rows=[row(0, name="NVIDIA B200", sm=100), row(1, name="NVIDIA B200", sm=100)]),
@@ -240,7 +257,7 @@ def test_triton_s_lists_of_files_follow_the_folder(tmp_path: Path) -> None:
 def tar_with(*members: tuple[str, bytes, str]) -> io.BytesIO:
     """An archive that our own packing would never write: (name, type, target)."""
     target = io.BytesIO()
-    facts = {"DYNAMOMPI.home": "/x", "DYNAMOMPI.cpu": cache_archive.cpu_kind()}
+    facts = {"DYNAMOMPI.home": "/x", "DYNAMOMPI.cpu": cpu_kind()}
     with tarfile.open(fileobj=target, mode="w", pax_headers=facts) as archive:
         for name, kind, link in members:
             member = tarfile.TarInfo(name)

@@ -44,12 +44,14 @@ def test_this_host(tmp_path: Path) -> None:
     assert dict(facts.versions)["mpi4py"] == metadata.version("mpi4py")
     assert facts.shm_bytes >= facts.shm_free > 0
     assert facts.leftovers == ()
+    assert {"cpu", "libc"} <= dict(facts.platform).keys()
     assert (facts.version("no such package"), facts.variable("NO_SUCH_VARIABLE")) == (None, None)
 
 
 def test_a_rank_that_does_not_speak_for_its_node_reads_nothing_of_it(tmp_path: Path) -> None:
     (tmp_path / "moe_shared_l0_lr0_all").touch()
     facts = look(tmp_path, speaks_for_node=False, OMP_NUM_THREADS="4")
+    assert facts.platform == ()
     assert (facts.versions, facts.shm_bytes, facts.shm_free, facts.leftovers) == ((), 0, 0, ())
     assert facts.variable("OMP_NUM_THREADS") == "4"
     assert facts.cpus
@@ -145,6 +147,7 @@ FACTS = st.builds(
     SIZE,
     st.lists(st.builds(StaleFile, TEXT, SIZE, SIZE), max_size=3).map(tuple),
     CPUS,
+    PAIRS,
 )
 
 
