@@ -143,10 +143,9 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
 def _begin_caches(context: RankContext, spec: EngineSpec, heartbeat: HeartbeatClient) -> CacheSession:
     from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, write_back
 
-    agent = context.agent
-    session = CacheSession(
-        context.world.rank, CachePlan.unpack(spec.caches), os.environ, lambda folder: agent.send(f"caches {folder}")
-    )
+    agent, world, plan = context.agent, context.world, CachePlan.unpack(spec.caches)
+    node_ranks = context.launch.local_size or world.size
+    session = CacheSession(world.rank, plan, os.environ, lambda folder: agent.send(f"caches {folder}"), node_ranks)
     # rank 0 serves: the worker is ready
     heartbeat.on_phase(lambda name: write_back(session, heartbeat.send_caches) if name == "serve" else None)
     session.begin()

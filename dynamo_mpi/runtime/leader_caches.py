@@ -71,10 +71,9 @@ class LeaderCaches(WorkerHook):
         if settings.engine not in COMPILING:
             self._log.info(f"{_SETTING} has no effect: the {settings.engine} engine compiles nothing")
             return ""
-        import tempfile
-
         from dynamo_mpi.checks.rank_facts import rows_of
         from dynamo_mpi.stage.cache_call import Problem
+        from dynamo_mpi.stage.cache_folder import bases_for
         from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
         from dynamo_mpi.stage.cache_session import CachePlan
         from dynamo_mpi.stage.cache_store import Part, folders_of, name_of
@@ -95,8 +94,6 @@ class LeaderCaches(WorkerHook):
             return ""
         name = name_of(str(settings.model), self._key)
         folders = folders_of(str(settings.cache), name)
-        stage = [settings.stage] if os.path.isabs(settings.stage) else []
-        bases = tuple(dict.fromkeys((*stage, tempfile.gettempdir(), "/tmp")))  # noqa: S108 - folders there are this user's own
         worker = re.sub(r"[^A-Za-z0-9.-]", "_", settings.endpoint.removeprefix("dyn://"))
         found = self._ask(
             {"do": "look", "folders": folders, "key": self._key, "ranks": self._world.size, "worker": worker},
@@ -121,7 +118,7 @@ class LeaderCaches(WorkerHook):
                 )
             )
             self._is_skipped, source, parts = True, "", ()
-        self._plan = CachePlan(name, bases, source, parts, target, worker)
+        self._plan = CachePlan(name, bases_for(settings.stage), source, parts, target, worker)
         return self._plan.pack()
 
     def begin(self) -> None:
@@ -129,8 +126,9 @@ class LeaderCaches(WorkerHook):
         if self._plan is not None:
             from dynamo_mpi.stage.cache_session import CacheSession
 
+            agent, node_ranks = self._context.agent, self._context.launch.local_size or self._world.size
             self._session = CacheSession(
-                0, self._plan, os.environ, lambda folder: self._context.agent.send(f"caches {folder}")
+                0, self._plan, os.environ, lambda folder: agent.send(f"caches {folder}"), node_ranks
             )
             self._session.begin()
 
@@ -232,9 +230,14 @@ class LeaderCaches(WorkerHook):
         self._hooks.on_caches(dict(self._figures))
 
     def _log_seeding(self, seeding: Seeding) -> None:
+        from dynamo_mpi.stage.session import MEMORY_COST
+
         plan = self._plan
         if plan is None:
             return
+        if seeding.in_memory:
+            whose = counted(seeding.in_memory, "rank")
+            self._log.info(f"caches: those of {whose} are {MEMORY_COST}; name a disk with --stage or TMPDIR")
         if seeding.seeded:
             size = f"{counted(seeding.files, 'file')} a rank, {seeding.size / 2**20:.1f} MiB in all"
             self._log.info(f"caches: seeded from {plan.source}: {size}, {seeding.seconds:.1f} s", {"phase": "stage"})

@@ -22,5 +22,7 @@ cache_key       what makes an archive valid for a worker
 cache_archive   one rank's files as one file
 cache_store     the archives on the shared file system
 cache_helper    the process that reads and writes them
+cache_call      requests to it, and what is answered if one can't be done
+cache_folder    where a rank has its caches on its node
 cache_session   a rank's side
 """

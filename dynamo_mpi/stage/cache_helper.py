@@ -33,6 +33,7 @@ from dynamo_mpi.stage.cache_store import (
     read_part,
     write_part,
 )
+from dynamo_mpi.stage.file_system import free_bytes
 
 TITLE = "dynamo_mpi: compile caches"
 """The process's title."""
@@ -45,11 +46,11 @@ _NICE = 19
 def seed(request: dict[str, Any]) -> dict[str, Any]:
     """Unpack a rank's part of an archive into its folder."""
     began, folder, part = time.monotonic(), str(request["folder"]), Part(*request["part"])
-    free = os.statvfs(folder)
-    if free.f_bavail * free.f_frsize < 2 * part.size + _SPARE_BYTES:
+    free, needed = free_bytes(folder), int(request.get("ranks", 1)) * (2 * part.size + _SPARE_BYTES)
+    if free < needed:
         raise ArchiveError(
-            f"{folder} has too little room: {gib(free.f_bavail * free.f_frsize)}",
-            f"{gib(2 * part.size + _SPARE_BYTES)} for this rank",
+            f"{folder} has too little room: {gib(free)} of {gib(needed)}",
+            "room for the archives of all ranks of the node, and as much to unpack them",
             "make room on that node, or name another disk with --stage or TMPDIR",
         )
     if request.get("worker"):

@@ -14,14 +14,15 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.claimed_folder import ClaimedFolder, claim
+from dynamo_mpi.common.claimed_folder import ClaimedFolder
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.mpi.placement import spans
 from dynamo_mpi.stage.cache_call import HelperCall, Problem
+from dynamo_mpi.stage.cache_folder import ROOM, claim_folder
 from dynamo_mpi.stage.cache_store import Part
 from dynamo_mpi.stage.compile_caches import assign
-from dynamo_mpi.stage.file_system import file_system_type, free_bytes, is_shared
+from dynamo_mpi.stage.file_system import file_system_type, is_in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 SEED_SECONDS, SAVE_SECONDS = 120.0, 600.0
 """How long a rank may take to unpack its part, and to write it back."""
-_ROOM = 1 << 30
-_NODE_FOLDER = f"on each node a folder of this user's, on a disk of the node with {gib(_ROOM)} free, not mounted noexec"
+_NODE_FOLDER = f"on each node a folder of this user's, on a disk of the node with {gib(ROOM)} free for each rank, not mounted noexec"
 _NODE_FOLDER_FIX = "name one with --stage or TMPDIR"
 _ENDED = Problem("it has ended", "a worker that runs", "none needed")
 _HELD = Problem(
@@ -50,7 +50,7 @@ class CachePlan(NamedTuple):
 
     Args:
         name: the archive's name.
-        bases: folders of which each rank takes the first that is good, for its own.
+        bases: folders of which each rank takes the first that is good, for its own, see `claim_folder`.
         source: the archive's folder; empty for none.
         parts: its files, by rank.
         target: the folder to which new files are written; empty for none.
@@ -87,6 +87,7 @@ class Seeding(NamedTuple):
         seconds: of the slowest rank.
         is_second: whether another worker on a node has the names of this one's folders.
         have_folders: whether all ranks have a folder.
+        in_memory: how many ranks have theirs in memory.
     """
 
     seeded: bool
@@ -96,6 +97,7 @@ class Seeding(NamedTuple):
     seconds: float
     is_second: bool
     have_folders: bool
+    in_memory: int
 
 
 class CacheSession:
@@ -106,14 +108,21 @@ class CacheSession:
         plan: what to do.
         environ: its environment, which gets the variables.
         on_folder: called with the folder, which must be removed if this process is killed.
+        node_ranks: how many ranks this node has.
 
     Attributes:
         writes: whether new files are written back; the same on all ranks after `finish`.
     """
 
     def __init__(
-        self, rank: int, plan: CachePlan, environ: MutableMapping[str, str], on_folder: Callable[[str], object]
+        self,
+        rank: int,
+        plan: CachePlan,
+        environ: MutableMapping[str, str],
+        on_folder: Callable[[str], object],
+        node_ranks: int = 1,
     ) -> None:
+        self._node_ranks = node_ranks
         self._rank, self._plan, self._environ, self._on_folder = rank, plan, environ, on_folder
         self._folder: ClaimedFolder | None = None
         self._helper: HelperCall | None = None
@@ -124,19 +133,19 @@ class CacheSession:
 
     def begin(self) -> None:
         """Claim a folder, and start to unpack. Not collective; takes as long as looking at the folder."""
-        base, problem = pick_base(self._plan.bases)
-        try:
-            if not base:
-                raise OSError(0, problem)
-            self._folder = claim(base, f"{self._plan.name}-r{self._rank}")
-        except OSError as error:
-            self._problem = Problem(
-                f"no folder for compile caches: {Problem.of(error).problem}", _NODE_FOLDER, _NODE_FOLDER_FIX
-            )
+        name = f"{self._plan.name}-r{self._rank}"
+        self._folder, problem = claim_folder(self._plan.bases, name, self._environ, self._node_ranks)
+        if self._folder is None:
+            self._problem = Problem(f"no folder for compile caches: {problem}", _NODE_FOLDER, _NODE_FOLDER_FIX)
             return
         self._on_folder(self._folder.path)
         if self._plan.parts:
-            request = {"do": "seed", "source": self._plan.source, "part": list(self._plan.parts[self._rank])}
+            request: dict[str, Any] = {
+                "do": "seed",
+                "source": self._plan.source,
+                "part": list(self._plan.parts[self._rank]),
+            }
+            request["ranks"] = self._node_ranks
             if self._rank == 0:
                 request["worker"] = self._plan.worker
             self._helper = HelperCall({**request, "folder": self._folder.path}, self._environ)
@@ -160,6 +169,8 @@ class CacheSession:
             except OSError as error:
                 mine |= Problem.of(error)._asdict()
         mine["folder"] = self._folder is not None
+        with contextlib.suppress(OSError):
+            mine["in_memory"] = self._folder is not None and is_in_memory(file_system_type(self._folder.path))
         if "problem" in mine:
             mine["problem"] = f"{host_name()}: {mine['problem']}"
         answers = [json.loads(answer) for answer in world.gather(json.dumps(mine).encode())]
@@ -230,26 +241,6 @@ class CacheSession:
             self._environ.setdefault("FLASHINFER_CUBIN_DIR", cubins)
 
 
-def pick_base(bases: Sequence[str]) -> tuple[str, str]:
-    """Return the first folder of a disk of this node that has room and from which code can be loaded; otherwise why each is none."""
-    problems = []
-    for base in bases:
-        try:
-            os.makedirs(base, 0o700, exist_ok=True)
-            kind = file_system_type(base)
-            if is_shared(kind):
-                problems.append(f"{base} is on a shared file system ({kind})")
-            elif os.statvfs(base).f_flag & os.ST_NOEXEC:
-                problems.append(f"{base} is mounted noexec")
-            elif (free := free_bytes(base)) < _ROOM:
-                problems.append(f"{base} has too little room: {gib(free)} of {gib(_ROOM)}")
-            else:
-                return base, ""
-        except OSError as error:
-            problems.append(f"{base}: {error.strerror}")
-    return "", "; ".join(problems)
-
-
 def _judge(answers: Sequence[Mapping[str, Any]], had_archive: bool) -> Seeding:
     problems = problems_in(answers)
     if had_archive and not problems and (problem := unlike_json(answers)):
@@ -262,6 +253,7 @@ def _judge(answers: Sequence[Mapping[str, Any]], had_archive: bool) -> Seeding:
         max((float(answer.get("seconds", 0.0)) for answer in answers), default=0.0),
         any(answer.get("slot") for answer in answers),
         all(answer["folder"] for answer in answers),
+        sum(bool(answer.get("in_memory")) for answer in answers),
     )
 
 

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,12 +32,13 @@ from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.mpi.world import World
-from dynamo_mpi.stage import cache_archive, cache_store
+from dynamo_mpi.stage import cache_archive, cache_folder, cache_helper, cache_session, cache_store
 from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
 from dynamo_mpi.stage.cache_call import HelperCall, Problem
+from dynamo_mpi.stage.cache_folder import OWN_TMPDIR, bases_for, claim_folder
 from dynamo_mpi.stage.cache_helper import handle
 from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
-from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, pick_base, unlike_json
+from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, unlike_json
 from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
 from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
 from tests.unit.models import SMOLLM2
@@ -719,20 +720,70 @@ def test_a_folder_where_others_can_write_is_refused(tmp_path: Path) -> None:
         claim(str(tmp_path / "open"), "M-r0")
 
 
-def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dynamo_mpi.stage import cache_session
+def claimed_in(bases: Sequence[Path | str], ranks: int = 1, **environ: str) -> tuple[str, str]:
+    """Return the base that is taken, and otherwise why none is."""
+    folder, problem = claim_folder([str(base) for base in bases], "M-r0", environ, ranks)
+    if folder is None:
+        return "", problem
+    folder.remove()
+    return os.path.dirname(os.path.dirname(folder.path)), problem
 
-    assert pick_base([str(tmp_path)]) == (str(tmp_path), "")
+
+def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert claimed_in([tmp_path]) == (str(tmp_path), "")
     (tmp_path / "file").touch()
-    base, problem = pick_base(["/proc/none", str(tmp_path / "file" / "x"), str(tmp_path)])
-    assert base == str(tmp_path) and problem == ""
+    assert claimed_in(["/proc/none", tmp_path / "file" / "x", tmp_path]) == (str(tmp_path), "")
     monkeypatch.setattr(
-        cache_session, "file_system_type", lambda path: "nfs4" if path.endswith("s") else "fuse.fuse-overlayfs"
+        cache_folder, "file_system_type", lambda path: "nfs4" if path.endswith("s") else "fuse.fuse-overlayfs"
     )
-    assert pick_base(["/tmp/s"])[1] == "/tmp/s is on a shared file system (nfs4)"
-    assert pick_base(["/tmp/s", str(tmp_path)])[0] == str(tmp_path)
-    monkeypatch.setattr(cache_session, "free_bytes", lambda _: 1 << 29)
-    assert pick_base([str(tmp_path)]) == ("", f"{tmp_path} has too little room: 0.5 GiB of 1.0 GiB")
+    assert claimed_in([tmp_path / "s"]) == ("", f"{tmp_path}/s is on a shared file system (nfs4)")
+    assert claimed_in([tmp_path / "s", tmp_path]) == (str(tmp_path), "")
+    # all ranks of a node see the same free bytes
+    monkeypatch.setattr(cache_folder, "free_bytes", lambda _: 3 << 29)
+    assert claimed_in([tmp_path]) == (str(tmp_path), "")
+    assert claimed_in([tmp_path], 2) == ("", f"{tmp_path} has too little room: 1.5 GiB of 2.0 GiB for 2 ranks")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("tmpfs", 1), ("ext4", 0)])
+def test_folders_in_memory_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
+    monkeypatch.setattr(cache_session, "file_system_type", lambda _: kind)
+    session = CacheSession(0, CachePlan("M-1", (str(tmp_path),)), {}, lambda _: None)
+    session.begin()
+    seeding = session.finish(cast("World", OneRank()))
+    session.remove()
+    assert seeding is not None and seeding.in_memory == count
+
+
+def test_where_no_folder_can_be_claimed_the_next_base_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "good").mkdir()
+    assert claimed_in([tmp_path / "open", tmp_path / "good"]) == (str(tmp_path / "good"), "")
+    base, problem = claimed_in([tmp_path / "open"])
+    assert base == "" and problem.startswith(f"{tmp_path}/open can be written by its group; chmod g-w ")
+
+
+def test_each_rank_takes_its_own_tmpdir_and_makes_none(tmp_path: Path) -> None:
+    bases = bases_for("auto")
+    assert bases == bases_for("none") == (OWN_TMPDIR, "/tmp") and bases_for("/local")[0] == "/local"
+    (tmp_path / "job").mkdir()
+    assert claimed_in(bases[:1], TMPDIR=str(tmp_path / "job")) == (str(tmp_path / "job"), "")
+    assert claimed_in([OWN_TMPDIR, tmp_path], TMPDIR=str(tmp_path / "none")) == (str(tmp_path), "")
+    assert claimed_in([OWN_TMPDIR, tmp_path], TMPDIR="relative") == claimed_in([OWN_TMPDIR, tmp_path])
+    assert not (tmp_path / "none").exists()
+    # what --stage names is made, as by staging
+    assert claimed_in([tmp_path / "stage"]) == (str(tmp_path / "stage"), "")
+
+
+def test_the_room_to_unpack_is_for_all_ranks_of_the_node(
+    tmp_path: Path, archive: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, part = archive
+    monkeypatch.setattr(cache_helper, "free_bytes", lambda _: 1 << 30)
+    request = {"do": "seed", "source": str(target), "part": part, "folder": str(tmp_path)}
+    answer = handle({**request, "ranks": 8})
+    assert "has too little room: 1.0 GiB of 2.0 GiB" in answer["problem"] and "another disk" in answer["fix"]
+    assert "problem" not in handle({**request, "ranks": 2})
 
 
 # a rank
