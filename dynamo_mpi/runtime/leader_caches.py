@@ -114,7 +114,7 @@ class LeaderCaches(WorkerHook):
                 Problem(
                     f"start {start} of this worker; the one before may have failed with the archive in {source}",
                     "a start that comes to serve",
-                    "none needed: if this one does, the next one is seeded again; if not, the archive isn't the cause",
+                    "none needed: this start replaces it if it serves; one that can't be written is used at first starts only",
                 )
             )
             self._is_skipped, source, parts = True, "", ()

@@ -138,6 +138,23 @@ def test_one_rank_s_file_that_is_bad_starts_all_ranks_cold_and_is_replaced(tmp_p
     terminate(third)
 
 
+def test_tactics_of_some_ranks_are_not_an_archive_and_leave_no_file(tmp_path: Path, start: Start) -> None:
+    first = start(STANDIN_TRTLLM_TORN_TACTICS="1")
+    first.ready()
+    await_text(first, "compile caches are not written back, the next start compiles again: ")
+    assert "autotuner/cache.json is missing or not whole on rank 1, not on the others\n" in first.text()
+    terminate(first)
+    (archive,) = (tmp_path / "shared" / f"dynamo-mpi-{os.geteuid()}").iterdir()
+    assert os.listdir(archive) == []
+    # seeded from what the ranks had, those with tactics would wait for rank 1 for ever
+    second = start()
+    second.ready()
+    assert kernels(second) == COLD
+    await_text(second, "written back to ")
+    terminate(second)
+    assert len(list(archive.glob("*.tar"))) == RANKS
+
+
 def test_an_archive_with_which_a_start_failed_is_not_used_for_the_next_one(tmp_path: Path, start: Start) -> None:
     first = start()
     first.ready()

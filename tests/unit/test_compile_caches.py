@@ -27,11 +27,13 @@ from dynamo_mpi.checks.rank_report import ComparedFile
 from dynamo_mpi.common import folder_walk
 from dynamo_mpi.common.claimed_folder import LOCK, claim, remove_claimed
 from dynamo_mpi.common.folder_walk import UnsafeFileError, user_folder
+from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.host_platform import cpu_kind
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster, LayoutSpec
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.mpi.world import World
+from dynamo_mpi.runtime.leader_caches import LeaderCaches
 from dynamo_mpi.stage import cache_archive, cache_folder, cache_helper, cache_session, cache_store
 from dynamo_mpi.stage.cache_archive import ArchiveError, contents_of, copy_checked, pack, unpack
 from dynamo_mpi.stage.cache_call import HelperCall, Problem
@@ -921,6 +923,20 @@ def test_a_rank_without_a_folder_leaves_the_libraries_alone(tmp_path: Path) -> N
     assert "no folder for compile caches" in problem.problem and problem.fix == "name one with --stage or TMPDIR"
     assert environ == {}
     session.remove()
+
+
+def test_ending_a_session_takes_no_time_for_its_files(tmp_path: Path) -> None:
+    session = CacheSession(0, CachePlan("M-1", (str(tmp_path),), target=str(tmp_path / "t")), {}, lambda _: None)
+    session.begin()
+    session.finish(cast("World", OneRank()))
+    session.end()
+    # other ranks wait at this moment: the files are removed when none does
+    assert list(tmp_path.glob("dynamo-mpi-caches-*/M-1-r0/triton"))
+    assert session.save()["problem"] == "it has ended"
+    session.remove()
+    assert os.listdir(tmp_path) == []
+    # nor does a failure's report wait for it: the node agent removes them
+    assert LeaderCaches.on_exit is WorkerHook.on_exit
 
 
 # messages

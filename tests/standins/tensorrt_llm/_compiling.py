@@ -4,6 +4,7 @@
 With ``STANDIN_TRTLLM_KERNELS=N`` each rank needs N kernels. What is in ``TRITON_CACHE_DIR`` is loaded, the rest is made and written as Triton
 does: a file under a temporary name, renamed, and a list of the group's files by their absolute paths. The autotuner's file has a member for
 each rank; the real one raises if the file is there without this rank's (``autotuner.py:load_cache``), and so does this one.
+With ``STANDIN_TRTLLM_TORN_TACTICS=R`` rank R's file is written in part, as by a process that is killed meanwhile.
 """
 
 from __future__ import annotations
@@ -53,5 +54,7 @@ def _tune(rank: int) -> str:
         if f"rank_{rank}" not in known:
             raise AssertionError(f"Rank {rank} cache not found in {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(known | {f"rank_{rank}": {"gemm": 3}}))
+    text = json.dumps(known | {f"rank_{rank}": {"gemm": 3}})
+    torn = os.environ.get("STANDIN_TRTLLM_TORN_TACTICS") == str(rank)
+    Path(path).write_text(text[: len(text) // 2] if torn else text)
     return "tactics loaded" if known else "tuned"
