@@ -11,7 +11,6 @@ import os
 
 from dynamo_mpi.common.affinity import allowed_cpus, format_list, parse_list
 from dynamo_mpi.common.distributions import installed_versions
-from dynamo_mpi.common.host_platform import host_platform
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -162,6 +161,8 @@ def collect(
     allowed = allowed_cpus()
     if not speaks_for_node:
         return HostFacts(False, library, cpus, variables, shm_path=shm, allowed=allowed)
+    from dynamo_mpi.common.host_platform import host_platform
+
     size, free = room(shm)
     left = tuple(_leftovers(shm))
     versions, platform = tuple(_versions()), host_platform(environ)
