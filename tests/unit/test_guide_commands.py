@@ -56,6 +56,11 @@ def run(line: str, folder: Path, **variables: str) -> subprocess.CompletedProces
     )
 
 
+def link_checkout(folder: Path) -> None:
+    for name in ("scripts", "engine_configs"):
+        (folder / name).symlink_to(ROOT / name)
+
+
 def test_check_says_what_the_page_shows(folder: Path) -> None:
     block = block_of(PREFLIGHT, "check")
     done = [run(line, folder) for line in block.commands]
@@ -91,7 +96,7 @@ def test_completion_is_written(folder: Path) -> None:
 
 
 def test_a_dry_run_over_a_hostfile(folder: Path) -> None:
-    (folder / "scripts").symlink_to(ROOT / "scripts")
+    link_checkout(folder)
     (folder / "hosts").write_text("n1\nn2\nn3\nn4\n")
     (line,) = run_lines("docs/guides/mpirun.md", "hostfile")
     done = run(line, folder)
@@ -101,7 +106,7 @@ def test_a_dry_run_over_a_hostfile(folder: Path) -> None:
 
 @pytest.mark.parametrize("page", ["docs/guides/slurm.md", "docs/guides/slurm-pyxis.md"])
 def test_a_dry_run_of_a_batch_job(page: str, folder: Path) -> None:
-    (folder / "scripts").symlink_to(ROOT / "scripts")
+    link_checkout(folder)
     (line,) = run_lines(page, "sbatch")
     done = run(line, folder)
     assert (done.returncode, done.stderr) == (0, "")
@@ -109,7 +114,7 @@ def test_a_dry_run_of_a_batch_job(page: str, folder: Path) -> None:
 
 
 def test_a_dry_run_without_containers(folder: Path) -> None:
-    (folder / "scripts").symlink_to(ROOT / "scripts")
+    link_checkout(folder)
     (folder / "python").symlink_to(sys.executable)
     salloc, *typed, real = run_lines("docs/guides/slurm.md", "deployment")
     assert (salloc, real) == ("salloc --nodes=4 --exclusive", "scripts/srun_disaggregated.sh")
