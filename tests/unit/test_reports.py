@@ -84,8 +84,14 @@ def test_what_ranks_have_written_is_read_where_their_output_lacks_it(tmp_path: P
     folder.mkdir(parents=True, exist_ok=True)
     for rank, when in ((1, 10.5), (0, 11.0)):
         content = {
-            **{"rank": rank, "host": f"n{rank}", "phase": "serve", "cause": "disconnect", "exit_code": 70},
-            **{"time": when, "error": "died", "report": "error in serve: died\n  fix:      look"},
+            "rank": rank,
+            "host": f"n{rank}",
+            "phase": "serve",
+            "cause": "disconnect",
+            "exit_code": 70,
+            "time": when,
+            "error": "died",
+            "report": "error in serve: died\n  fix:      look",
         }
         (folder / f"backend-rank-{rank}.json").write_text(json.dumps(content))
     (folder / "backend-rank-2.json").write_text("{")
