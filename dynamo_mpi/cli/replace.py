@@ -20,7 +20,7 @@ from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
 from dynamo_mpi.ops.deployment import RUN_DIR, NoRunDirError, find_run_dir, read_launch
-from dynamo_mpi.ops.replace import replace_node, require_replaceable
+from dynamo_mpi.ops.replace import is_requested, replace_node, require_replaceable
 
 if TYPE_CHECKING:
     import argparse
@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
                     expected="the run folder of a running launch",
                     fix="--run-dir DIR",
                 )
-            require_replaceable(arguments.node, launch)
+            if not is_requested(folder, arguments.node):
+                require_replaceable(arguments.node, launch)
             outcome = replace_node(folder, run_dir, arguments.node, values["timeout"], _say)
     except (FileNotFoundError, NotADirectoryError):
         raise NoRunDirError(run_dir) from None

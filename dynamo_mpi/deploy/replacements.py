@@ -78,6 +78,8 @@ class Replacements:
     def poll(self) -> None:
         """Take new requests, and go on with the open ones."""
         for node in self._run_dir.take_replace_requests():
+            if any(each.node == node and each.state not in (DONE, REFUSED) for each in self._requests):
+                continue  # repeated, after its time limit say: it has the open one's answers
             request = self._accept(Replacement(node, time=time.time()))
             self._requests = [*self._requests[-_MOST:], request]
             self._tell(request)
@@ -113,6 +115,9 @@ class Replacements:
 
     def _advance(self, request: Replacement) -> Replacement:
         worker = next(each for each in self._failures.workers if each.name == request.worker)
+        if request.state in (WAITING, STARTING) and not self._workers.lives(worker.name):
+            why = self._workers.given_up.get(worker.name, "it isn't started again")
+            return replace(request, state=REFUSED, reason=f"{worker.name} has ended meanwhile: {why}")
         if request.state == WAITING:
             return self._begin(request, worker)
         if request.state == DRAINING and not self._workers.is_planned(worker.name):
@@ -126,6 +131,8 @@ class Replacements:
     def _begin(self, request: Replacement, worker: Worker) -> Replacement:
         if request.node not in worker.nodes:  # it has failed, and left the node, while the request waited
             return replace(request, state=DONE, reason="its worker has left it")
+        if self._workers.is_planned(worker.name):  # another of its nodes is taken out
+            return replace(request, reason=f"{worker.name} drains already")
         others = self._others(worker)
         if others and not any(self._workers.serves(name) for name in others):
             return replace(request, reason=f"until {' or '.join(others)} serves")

@@ -101,7 +101,8 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
         RetryableError: the deployment has ended.
         PhaseTimeoutError: the node is still in use after the time limit; `launch` goes on with the request.
     """
-    began, before = time.monotonic(), len(_answers(folder, node))
+    # one that is still open is joined
+    began, before = time.monotonic(), sum(not _is_open(each) for each in _answers(folder, node))
     with folder.subfolder(REPLACE, create=True) as requests:
         os.close(requests.open(node, os.O_WRONLY | os.O_CREAT))
     state, reason = "", ""
@@ -134,6 +135,15 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
                 fix="dynamo-mpi status shows how far it is; a longer --timeout where requests or the load take longer",
             )
         time.sleep(POLL_SECONDS)
+
+
+def is_requested(folder: OwnFolder, node: str) -> bool:
+    """Return whether `launch` has a request for a node, and isn't done with it: to repeat it is to wait for it."""
+    return any(map(_is_open, _answers(folder, node)))
+
+
+def _is_open(answer: Replacement) -> bool:
+    return answer.state not in (DONE, REFUSED)
 
 
 def _answers(folder: OwnFolder, node: str) -> list[Replacement]:

@@ -535,6 +535,66 @@ def test_a_request_that_is_refused_changes_nothing(run: Run, tmp_path: Path, nod
     assert said.count("decode-0: 1 rank") == 1
 
 
+def requests(run: Run, tmp_path: Path, acts: Sequence[tuple[str, str]], last: str, **more: Any) -> tuple[int, str]:
+    """Run a deployment until ``last`` is printed; for each pair print of a line follows a request for a node, or a file if it has a dot."""
+    left = list(acts)
+    (tmp_path / "run" / "replace").mkdir(mode=0o700, parents=True)
+    (tmp_path / "run").chmod(0o700)
+
+    def act() -> None:
+        if not left:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        for node in left.pop(0)[1].split(","):
+            path = tmp_path / node if "." in node else tmp_path / "run" / "replace" / node
+            path.touch(mode=0o600)
+
+    return run((*(when for when, _ in acts), last), act, 3, **more)
+
+
+SLOWLY = DRAINS.replace("trap '", "trap 'sleep 1; ")
+
+
+def test_a_request_that_is_repeated_while_the_worker_drains_changes_nothing(run: Run, tmp_path: Path) -> None:
+    workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
+    acts = ((READY, "n"), ("draining, s1 takes", "n"))
+    code, said = requests(
+        run, tmp_path, acts, "replace n of decode-0: done", workers=workers, spares=("s1",), decode=SLOWLY
+    )
+    assert (code, said.count("decode-0: 1 rank on s1"), said.count("draining")) == (143, 1, 1), said
+
+
+def test_two_nodes_of_one_worker_are_taken_out_by_two_requests(run: Run, tmp_path: Path) -> None:
+    workers = (PREFILL, replace(DECODE, nodes=("m", "o")))
+    more = {"workers": workers, "spares": ("s1", "s2"), "decode": SLOWLY, "changes": {"kv_check": "off"}}
+    code, said = requests(run, tmp_path, ((READY, "m,o"),), "of decode-0: done#2", **more)
+    assert (code, said.count("decode-0: ended with 0, as requested")) == (143, 1), said
+    assert said.count("decode-0: 2 ranks on s1,s2") + said.count("decode-0: 2 ranks on s2,s1") == 1
+    assert [one["node"] for one in content_of(tmp_path / "run" / "excluded.json")["nodes"]] == ["m", "o"]
+
+
+def test_a_request_whose_worker_is_given_up_on_the_spare_is_refused(run: Run, tmp_path: Path) -> None:
+    workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
+    probe = f'if [ "$NODE" = s1 ]; then {SICK}; else {WELL}; fi'
+    fails = f'if [ "$NODES" = s1 ]; then exit 137; fi; {DRAINS}'
+    more = {"workers": workers, "spares": ("s1",), "decode": fails, "probe_script": probe}
+    code, said = requests(run, tmp_path, ((READY, "n"),), "replace n of decode-0: refused", **more)
+    why = "refused, s1 takes its place (decode-0 has ended meanwhile: no spare node is left for s1 of decode-0"
+    assert (code, why in said) == (143, True), said
+
+
+def test_a_request_whose_worker_ends_while_it_waits_is_refused(run: Run, tmp_path: Path) -> None:
+    workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
+    ends = f'{READY_AND}; while [ ! -e {tmp_path}/end.now ]; do sleep 0.1; done; rm "$READY"; echo exit: done; exit 0'
+    decode = f'if [ "$NODES" = n ]; then {ends}; else {WAIT}; fi'
+    acts = (("decode-0: ready", "n"), ("replace n of decode-0: waiting", "end.now"))
+    code, said = requests(
+        run, tmp_path, acts, "replace n of decode-0: refused", workers=workers, spares=("s1",), decode=decode
+    )
+    assert (code, "decode-0 has ended meanwhile: it isn't started again" in said) == (143, True), said
+    assert "s1 takes" not in said
+
+
 def test_a_spare_is_taken_out(run: Run, tmp_path: Path) -> None:
     code, said, seen = replacements(run, tmp_path, "s1", "replace s1: done", workers=APART, spares=("s1", "s2"))
     assert (code, seen[-1]["reason"]) == (143, "it was a spare"), said

@@ -94,6 +94,24 @@ def test_a_node_is_replaced_by_a_spare(launch: Launch, run: Run) -> None:
     assert not list((launch.path / "replace").iterdir())
 
 
+def test_a_repeated_request_waits_for_the_open_one(launch: Launch, run: Run) -> None:
+    # the last spare is already taken for it
+    whole = {"node": "n1", "worker": "prefill-0", "to": "n9", "time": 5.0}
+    earlier = {"node": "n1", "state": "refused", "reason": "no"}
+    launch.describe(spares=[{"node": "n9", "state": "used"}], replacements=[earlier, {**whole, "state": "draining"}])
+
+    def end() -> None:
+        eventually(launch.run_dir.take_replace_requests, "a request", 10)
+        launch.describe(replacements=[earlier, {**whole, "state": "done"}])
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    code, out, said = run("n1", "--timeout", "20")
+    ending.join()
+    assert (code, "prefill-0 serves with n9 in its place" in out) == (0, True), said
+    assert "dynamo-mpi replace: prefill-0 drains\n" in said
+
+
 def test_a_spare_is_taken_out_at_once(launch: Launch, run: Run) -> None:
     launch.describe(spares=SPARE)
     answering = launch.answers({"node": "n9", "state": "done", "reason": "it was a spare"})
