@@ -26,6 +26,8 @@ CONNECT_SECONDS = 2.0
 DEFAULT_PORT = 6818
 # scontrol(1), "NODES - SHOW COMMAND": base states and flags; the rest is a node that can run a step
 _LOST = frozenset({"DOWN", "ERROR", "FAIL", "FAILING", "NOT_RESPONDING", "NO_RESPOND", "POWERED_DOWN", "POWERING_DOWN"})
+# reasons to look at all nodes more often
+SUSPICIOUS = frozenset({"DOWN", "ERROR", "FAIL", "FAILING", "NOT_RESPONDING", "NO_RESPOND"})
 _DRAINED = frozenset({"DRAIN", "DRAINED", "DRAINING"})
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _REASON = re.compile(r"\sReason=(.*?)(?: \[[^\]]*\])?$")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.checks.node_probe import HERE, read_result
 from dynamo_mpi.deploy.first_death import first_death
 from dynamo_mpi.deploy.node_health import nearest, topology_of
+from dynamo_mpi.deploy.nodes import is_this_host
 from dynamo_mpi.deploy.recovery import NodeHealth
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
@@ -71,6 +72,8 @@ class NodeProber:
             environment: the probes' environment.
             suspects: nodes that the worker's ranks have reported as lost: a connection that fails, too, is proof enough.
         """
+        if self.watch is not None:
+            self.watch.hurry()
         known, steps = {node for node in nodes if node in self.lost or self.is_gone(node, suspects)}, {}
         for node in nodes:
             command = None if node in known else self._builder.probe(node)
@@ -89,8 +92,13 @@ class NodeProber:
         return tuple(nearest(spares, topology_of(node)))
 
     def is_silent(self, node: str) -> bool:
-        """Return whether a node's host doesn't answer, as far as that is known: where nodes aren't watched, only the probe can tell."""
-        return self.watch is None or self.watch.is_silent(node)
+        """Return whether a node's host is known not to answer; never where nodes aren't watched."""
+        return self.watch is not None and self.watch.is_silent(node)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether slurmctld doesn't answer, as far as that is known: no step can start anywhere."""
+        return self.watch is not None and not self.watch.controller_answers
 
     def end(self, step: Step) -> None:
         """End a probe."""
@@ -116,12 +124,18 @@ class Inquiry:
         self._prober, self._nodes, self._steps, self._suspects = prober, nodes, steps, suspects
         self._began = time.monotonic()
         self._problems: dict[str, str] = {}
+        # nodes on which the probe has begun, and problems of those where it never has
+        self._reached: set[str] = set()
+        self._not_begun: dict[str, str] = {}
+        self._probed = frozenset(steps)
         self._domains: dict[str, str] = {}
 
     def poll(self) -> tuple[NodeHealth, ...] | None:
         """Return the nodes' health; None while it isn't known."""
         gone = {node: _UNREACHABLE for node in self._nodes if self._prober.is_gone(node, self._suspects)}
         lost = {**gone, **self._prober.lost}
+        if self._prober.is_waiting:
+            self._began = time.monotonic()
         for node, step in list(self._steps.items()):
             problem = lost.get(node) or self._result(node, step)
             if problem is not None:
@@ -130,6 +144,7 @@ class Inquiry:
                 self._problems[node] = problem
         if self._steps:
             return None
+        self._problems |= {node: why for node, why in self._not_begun.items() if self._is_proven(node)}
         drained = self._prober.drained
         return tuple(
             NodeHealth(node, self._problems.get(node) or lost.get(node, ""), drained.get(node, ""))
@@ -146,23 +161,38 @@ class Inquiry:
             self._prober.end(step)
         self._steps.clear()
 
+    def _is_proven(self, node: str) -> bool:
+        """Return whether it is the node's fault that its probe didn't begin, not that of this host, or of slurmctld."""
+        if node in self._suspects or any(not is_this_host(other) for other in self._reached):
+            return True
+        return self._prober.watch is not None and len(self._probed) == 1
+
     def _result(self, node: str, step: Step) -> str | None:
         """Return a node's problem, or an empty text; None while it isn't known."""
         seconds = time.monotonic() - self._began
         code, output = step.child.exit_code(), step.child.output()
+        has_begun = HERE in output
+        if has_begun:
+            self._reached.add(node)
         result = read_result(output)
         if result is not None:
             self._domains[node] = result.domain
             return "; ".join(result.problems)
         if code is not None:
             death = first_death(output)
-            if HERE not in output and death is not None and death.host == node:
+            if not has_begun and death is not None and death.host == node:
                 return f"a probe there {death.how}"
-            if HERE not in output and not self._prober.is_silent(node) and _UNAVAILABLE not in output:
-                return ""  # the launcher could not start it, and the host answers: that is no fault of the node's
             words = [line.strip() for line in output.splitlines() if line.strip() and HERE not in line]
-            return f"a probe ended there with exit code {code}" + (f": {words[-1][:200]}" if words else "")
-        if HERE in output:
+            problem = f"a probe ended there with exit code {code}" + (f": {words[-1][:200]}" if words else "")
+            if has_begun or _UNAVAILABLE in output:
+                return problem
+            if self._prober.watch is None or self._prober.is_silent(node):
+                self._not_begun[node] = problem
+            return ""  # the launcher could not start it; where the host answers, that is no fault of the node's
+        if has_begun:
             return f"a probe doesn't end there in {seconds:.0f} s" if seconds > RESULT_SECONDS else None
-        limit = ANSWER_SECONDS if self._prober.is_silent(node) else STEP_SECONDS
-        return f"it takes no step in {seconds:.0f} s" if seconds > limit else None
+        is_suspect = self._prober.watch is None and node in self._suspects
+        if seconds <= (ANSWER_SECONDS if is_suspect or self._prober.is_silent(node) else STEP_SECONDS):
+            return None
+        self._not_begun[node] = f"it takes no step in {seconds:.0f} s"
+        return ""

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.deploy.node_health import answering, ask_slurm_about
+from dynamo_mpi.deploy.node_health import SUSPICIOUS, answering, ask_slurm_about
 from dynamo_mpi.deploy.nodes import is_this_host
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.deploy.node_health import SlurmNode
 
+# slurmd logs an error for each connection without a message: seldom, until there is a first sign that a node is ill
+CALM_SECONDS = 15.0
 LOOK_SECONDS = 2.0
+# so long after a failure, or the first sign
+HURRY_SECONDS = 60.0
 # at each look SYNs are sent at least twice; a node that is busy answers in the kernel
 SILENT_SECONDS = 6.0
 # a question to slurmctld, which others need, too
@@ -41,6 +45,10 @@ class NodeWatch:
         self._seen: dict[str, SlurmNode] = {}
         self._silent_since: dict[str, float] = {}
         self._reached = float("-inf")
+        self._hurry_until = float("-inf")
+        self._controller_answers = True
+        self._ill: set[str] = set()
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="node watch", daemon=True)
 
     def start(self) -> None:
@@ -50,6 +58,19 @@ class NodeWatch:
     def close(self) -> None:
         """End it. Idempotent."""
         self._end.set()
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """Look at once, and often for a while: something has failed."""
+        with self._lock:
+            self._hurry_until = time.monotonic() + HURRY_SECONDS
+        self._wake.set()
+
+    @property
+    def controller_answers(self) -> bool:
+        """Whether slurmctld has answered the last question, as far as one has ended."""
+        with self._lock:
+            return self._controller_answers
 
     @property
     def lost(self) -> dict[str, str]:
@@ -79,14 +100,27 @@ class NodeWatch:
             began = time.monotonic()
             with self._lock:
                 is_alone = bool(self._silent_since) and self._reached <= max(self._silent_since.values())
-            if began >= asked + (LOOK_SECONDS if is_alone else SLURM_SECONDS):
+                is_asked_often = is_alone or not self._controller_answers or began < self._hurry_until
+            if began >= asked + (LOOK_SECONDS if is_asked_often else SLURM_SECONDS):
                 asked = began
                 found = ask_slurm_about(self._nodes)
-                if found is not None:
-                    with self._lock:
+                with self._lock:
+                    self._controller_answers = found is not None
+                    if found is not None:
                         self._seen, self._reached = found, began
             self._look()
-            self._end.wait(max(0.0, began + LOOK_SECONDS - time.monotonic()))
+            self._wake.wait(max(0.0, began + self._period() - time.monotonic()))
+            self._wake.clear()
+
+    def _period(self) -> float:
+        """Return the seconds until the next look."""
+        with self._lock:
+            now = time.monotonic()
+            ill = {*self._silent_since, *(name for name, node in self._seen.items() if node.states & SUSPICIOUS)}
+            if ill - self._ill:  # those that stay ill are known
+                self._hurry_until = now + HURRY_SECONDS
+            self._ill = ill
+            return LOOK_SECONDS if now < self._hurry_until else CALM_SECONDS
 
     def _look(self) -> None:
         """Connect to all nodes at once."""

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from dynamo_mpi.checks.node_probe import HERE, ProbeResult
+from dynamo_mpi.deploy import node_inquiry
 from dynamo_mpi.deploy.blame import RankReport
 from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -26,15 +28,20 @@ HEALTHY, SILENT = "n1", "n2"
 
 
 class Probes:
-    """Builds a probe that finds nothing wrong, or for the silent node one that doesn't end, as srun's to a lost node."""
+    """Builds a probe that finds nothing wrong, or for the silent node one that doesn't end, as srun's to a lost node.
 
-    def __init__(self) -> None:
+    Args:
+        others: by node, another command.
+    """
+
+    def __init__(self, **others: tuple[str, ...]) -> None:
         self.asked: list[str] = []
+        self._others = others
 
     def probe(self, node: str) -> Command:
         self.asked.append(node)
         words = ("sleep", "600") if node == SILENT else ("printf", "%s\\n", HERE, ProbeResult().line)
-        return Command(f"probe-{node}", f"probe-{node}", (words,))
+        return Command(f"probe-{node}", f"probe-{node}", (self._others.get(node, words),))
 
 
 @pytest.fixture
@@ -87,6 +94,75 @@ def test_silence_alone_is_no_proof_and_nor_is_a_report(
     eventually(lambda: inquiry.poll() or HEALTHY not in inquiry._steps, "the healthy node's result", 5)
     assert inquiry.poll() is None
     inquiry.close()
+
+
+WAITS, FAILS, WELL = ("sleep", "600"), ("false",), ("printf", "%s\\n", HERE, ProbeResult().line)
+
+
+class Start(NamedTuple):
+    """How the launcher starts probes, and which nodes are blamed for it.
+
+    Args:
+        n1: the probe on a node.
+        n2: the same; empty if it isn't asked.
+        is_watched: whether the nodes are watched.
+        suspects: nodes that the worker's ranks have reported.
+        silent: nodes that take no connection.
+        blamed: the nodes whose fault it is.
+    """
+
+    n1: tuple[str, ...]
+    n2: tuple[str, ...] = ()
+    is_watched: bool = True
+    suspects: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    blamed: tuple[str, ...] = ()
+
+
+STARTS = {
+    "no node takes a step": Start(WAITS, WAITS),
+    "no node takes a step, without a watch": Start(WAITS, WAITS, is_watched=False),
+    "one takes none, another one does": Start(WAITS, WELL, blamed=("n1",)),
+    "one takes none, another one does, without a watch": Start(WAITS, WELL, is_watched=False, blamed=("n1",)),
+    "the only one takes none, and slurmctld answers": Start(WAITS, blamed=("n1",)),
+    "… nobody asks slurmctld": Start(WAITS, is_watched=False),
+    "the launcher fails everywhere": Start(FAILS, FAILS, silent=("n1", "n2")),
+    "the launcher fails everywhere, without a watch": Start(FAILS, FAILS, is_watched=False),
+    "… for the only node": Start(FAILS, is_watched=False),
+    "… for one that the ranks have reported": Start(FAILS, is_watched=False, suspects=("n1",), blamed=("n1",)),
+    "it fails for one, whose host answers": Start(FAILS, WELL),
+    "it fails for one, whose host doesn't answer": Start(FAILS, WELL, silent=("n1",), blamed=("n1",)),
+    "it fails for one, and nothing is known of its host": Start(FAILS, WELL, is_watched=False, blamed=("n1",)),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_whose_fault_a_probe_is_that_does_not_start(
+    name: str, tmp_path: Path, watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_inquiry, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(node_inquiry, "ANSWER_SECONDS", 1.0)
+    case = STARTS[name]
+    watch.silent.update(case.silent)
+    with contextlib.closing(RunDir(tmp_path / "run")) as run_dir:
+        asked = Probes(n1=case.n1, n2=case.n2)
+        prober = NodeProber(asked, MpirunStepController(), run_dir, watch if case.is_watched else None)
+        nodes = ("n1", "n2") if case.n2 else ("n1",)
+        found = health(prober.begin(nodes, {"PATH": "/usr/bin:/bin"}, case.suspects))
+    assert tuple(node for node, problem in found.items() if problem) == case.blamed, found
+
+
+def test_time_without_slurmctld_does_not_count(
+    prober: NodeProber, watch: NodeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_inquiry, "STEP_SECONDS", 0.2)
+    watch._controller_answers = False
+    inquiry = prober.begin((SILENT,), {"PATH": "/usr/bin:/bin"})
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        assert inquiry.poll() is None
+    watch._controller_answers = True
+    assert "it takes no step" in health(inquiry)[SILENT]
 
 
 @pytest.mark.parametrize(

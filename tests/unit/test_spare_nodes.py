@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,16 @@ from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth, no_health
 from dynamo_mpi.checks.node_probe import HERE, ProbeResult, domain_of, problems_of, read_result, wait_for_memory
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.deploy import node_watch
 from dynamo_mpi.deploy.excluded import describe_excluded, exclude, excluded_before
 from dynamo_mpi.deploy.no_kill import is_kept, says_no_kill, warning
 from dynamo_mpi.deploy.node_health import SlurmNode, answering, nearest, neighbours, parse_nodes
-from dynamo_mpi.deploy.node_watch import SILENT_SECONDS, NodeWatch
+from dynamo_mpi.deploy.node_watch import CALM_SECONDS, LOOK_SECONDS, SILENT_SECONDS, NodeWatch
 from dynamo_mpi.deploy.nodes import Nodes, Worker, assign
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.settings import RESTARTS_WITH_SPARES, LaunchSettings, read_settings
 from tests.conftest import ROOT
+from tests.dynamo.running import eventually
 from tests.servers import closed_port
 
 
@@ -288,3 +291,42 @@ def test_an_excluded_file_that_makes_no_sense_excludes_nothing(tmp_path: Path, c
     RunDir(tmp_path / "run").close()
     (tmp_path / "run" / "excluded.json").write_text(content)
     assert excluded_before(tmp_path / "run", "12") == ()
+
+
+def test_a_watch_looks_often_only_after_a_first_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, looks = {"n2": "ALLOCATED"}, list[int]()
+
+    def ask(nodes: Sequence[str]) -> dict[str, SlurmNode]:
+        return parse_nodes("\n".join(f"NodeName={name} State={states.get(name, 'ALLOCATED')}" for name in nodes))
+
+    monkeypatch.setattr(node_watch, "ask_slurm_about", ask)
+
+    def look(nodes: Sequence[SlurmNode]) -> dict[str, bool | None]:
+        looks.append(len(nodes))
+        return {}
+
+    monkeypatch.setattr(node_watch, "answering", look)
+    monkeypatch.setattr(node_watch, "LOOK_SECONDS", 0.01)
+    watch = NodeWatch(("n1", "n2"))
+    assert watch._period() == CALM_SECONDS
+    watch.start()
+    try:
+        eventually(lambda: len(looks) == 1, "the first look", 5)
+        states["n2"] = "ALLOCATED*"
+        watch.hurry()  # a failure: at once, though the next look is many seconds away
+        eventually(lambda: len(looks) > 3, "many looks", 5)
+    finally:
+        watch.close()
+
+
+@pytest.mark.parametrize("states", ["ALLOCATED*", "DOWN", "MIXED+FAIL"])
+def test_a_watch_hurries_for_a_while_where_a_node_is_newly_ill(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = NodeWatch(("n1", "n2"))
+    watch._seen = parse_nodes("NodeName=n1 State=ALLOCATED+DRAIN")
+    assert watch._period() == CALM_SECONDS
+    watch._seen = parse_nodes(f"NodeName=n1 State={states}")
+    assert watch._period() == LOOK_SECONDS
+    watch._hurry_until = 0.0  # the time is over, and the node still ill
+    assert watch._period() == CALM_SECONDS
+    watch._silent_since = {"n2": 0.0}
+    assert watch._period() == LOOK_SECONDS
