@@ -25,10 +25,13 @@ CONNECT_SECONDS = 2.0
 # slurm.conf(5): SlurmdPort
 DEFAULT_PORT = 6818
 # scontrol(1), "NODES - SHOW COMMAND": base states and flags; the rest is a node that can run a step
-_LOST = frozenset({"DOWN", "ERROR", "FAIL", "FAILING", "NOT_RESPONDING", "NO_RESPOND", "POWERED_DOWN", "POWERING_DOWN"})
+_LOST = frozenset({"DOWN", "ERROR", "POWERED_DOWN", "POWERING_DOWN"})
+# slurmd may be restarted, or busy, while the steps run on
+_NO_RESPONSE = frozenset({"NOT_RESPONDING", "NO_RESPOND"})
 # reasons to look at all nodes more often
-SUSPICIOUS = frozenset({"DOWN", "ERROR", "FAIL", "FAILING", "NOT_RESPONDING", "NO_RESPOND"})
-_DRAINED = frozenset({"DRAIN", "DRAINED", "DRAINING"})
+SUSPICIOUS = _NO_RESPONSE | {"DOWN", "ERROR", "FAIL", "FAILING"}
+# a node that is expected to fail is to get no further jobs, but runs those that it has
+_DRAINED = frozenset({"DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING"})
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S*)")
 _REASON = re.compile(r"\sReason=(.*?)(?: \[[^\]]*\])?$")
 _GROUP = re.compile(r"(?:SwitchName|BlockName)=\S+.*?\sNodes=(\S+)")
@@ -55,19 +58,23 @@ class SlurmNode(NamedTuple):
 
     @property
     def lost(self) -> str:
-        """Why Slurm doesn't count on it; empty if it does."""
-        found = sorted(self.states & _LOST)
-        return f"Slurm says {'+'.join(found).lower()}{self._why}" if found else ""
+        """Why no step can run there any longer; empty if one can, as far as Slurm knows."""
+        return self._says(_LOST | _NO_RESPONSE) if self.states & _LOST else ""
+
+    @property
+    def no_response(self) -> str:
+        """What Slurm says of a node whose slurmd doesn't answer it: a reason only if its host doesn't answer either; else empty."""
+        return self._says(_NO_RESPONSE)
 
     @property
     def drained(self) -> str:
         """Why it is to get no further jobs; empty if it may."""
-        found = sorted(self.states & _DRAINED)
-        return f"Slurm says {'+'.join(found).lower()}{self._why}" if found else ""
+        return self._says(_DRAINED)
 
-    @property
-    def _why(self) -> str:
-        return f" ({self.reason})" if self.reason else ""
+    def _says(self, states: frozenset[str]) -> str:
+        found = sorted(self.states & states)
+        why = f" ({self.reason})" if self.reason else ""
+        return f"Slurm says {'+'.join(found).lower()}{why}" if found else ""
 
 
 def parse_nodes(text: str, port: int = DEFAULT_PORT) -> dict[str, SlurmNode]:

@@ -3,7 +3,7 @@
 
 A worker's own heartbeats find a node that is lost while another of its nodes is left; for a worker of one node, Slurm finds it after
 SlurmdTimeout. A node counts as lost when it has answered none of several connections, while another node, or slurmctld, has answered: if
-nobody has, it is this host that is cut off.
+nobody has, it is this host that is cut off. That Slurm calls it "not responding" counts only together with that: slurmd may be restarted.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ class NodeWatch:
             found = {name: node.lost for name, node in self._seen.items() if node.lost}
             now = time.monotonic()
             for name, since in self._silent_since.items():
-                if now - since >= SILENT_SECONDS and self._reached > since:
-                    found.setdefault(name, f"it doesn't answer for {now - since:.0f} s")
+                node = self._seen.get(name)
+                says = node.no_response if node is not None else ""
+                if self._reached > since and (says or now - since >= SILENT_SECONDS):
+                    found.setdefault(name, says or f"it doesn't answer for {now - since:.0f} s")
         return found
 
     @property

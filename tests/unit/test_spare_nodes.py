@@ -127,6 +127,8 @@ NodeName=n2 Arch=x86_64 NodeAddr=10.0.0.2 NodeHostName=n2 State=ALLOCATED+DRAIN 
 NodeName=n3 NodeAddr=10.0.0.3 NodeHostName=n3 State=DOWN*+DRAIN ThreadsPerCore=1 Reason=Not responding [slurm@2026-11-30T23:00:00]
 NodeName=n4 NodeAddr=10.0.0.4 NodeHostName=n4 State=MIXED+NOT_RESPONDING ThreadsPerCore=1
 NodeName=n5 NodeAddr=10.0.0.5 NodeHostName=n5 State=ALLOCATED* ThreadsPerCore=1
+NodeName=n6 NodeAddr=10.0.0.6 NodeHostName=n6 State=MIXED+FAILING ThreadsPerCore=1
+NodeName=n7 NodeAddr=10.0.0.7 NodeHostName=n7 State=IDLE+POWERING_DOWN ThreadsPerCore=1
 """
 
 
@@ -136,10 +138,13 @@ def test_what_slurm_says_about_nodes() -> None:
         "n1": "",
         "n2": "",
         "n3": "Slurm says down+not_responding (Not responding)",
-        "n4": "Slurm says not_responding",
-        "n5": "Slurm says not_responding",
+        "n4": "",
+        "n5": "",
+        "n6": "",
+        "n7": "Slurm says powering_down",
     }
-    assert {name for name, node in nodes.items() if node.drained} == {"n2", "n3"}
+    assert {name for name, node in nodes.items() if node.no_response} == {"n3", "n4", "n5"}
+    assert {name for name, node in nodes.items() if node.drained} == {"n2", "n3", "n6"}
     assert nodes["n2"].drained == "Slurm says drain (fan is loud)"
     assert (nodes["n1"].address, nodes["n1"].port, nodes["n2"].port) == ("10.0.0.1", 7001, 6818)
     assert parse_nodes("slurm_load_node error: Invalid node name specified") == {}
@@ -196,6 +201,19 @@ def test_a_watch_calls_a_silent_node_lost_unless_it_is_this_host_that_is_cut_off
     watch._silent_since = {"n2": time.monotonic() - 1}
     assert watch.lost == {}
     assert watch.drained == {"n2": "Slurm says drain (fan is loud)"}
+
+
+def test_a_node_that_does_not_respond_to_slurm_is_lost_only_if_its_host_is_silent_too() -> None:
+    watch = NodeWatch(("n1", "n4"))
+    watch._seen = {name: node for name, node in parse_nodes(NODES).items() if name in ("n1", "n4")}
+    watch._reached = time.monotonic()
+    # slurmd restarts: the host refuses a connection, which is an answer
+    assert watch.lost == {}
+    watch._silent_since = {"n1": watch._reached - 1, "n4": watch._reached - 1}
+    assert watch.lost == {"n4": "Slurm says not_responding"}
+    # this host has reached nobody since: it may be cut off itself
+    watch._silent_since = {"n4": time.monotonic()}
+    assert watch.lost == {}
 
 
 def test_a_watch_looks_at_real_ports() -> None:
