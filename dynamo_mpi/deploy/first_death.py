@@ -121,6 +121,16 @@ def first_death(text: str) -> Death | None:
     return Death(how="ended with a code other than 0; mpirun reports nothing else") if _PRIMARY.search(words) else None
 
 
+def ended_task(text: str) -> Death | None:
+    """Return the first task that srun itself reports as failed while the step may still run; None if there is none.
+
+    Args:
+        text: the output of a step that runs with ``--label``: no rank's line can look like srun's own.
+    """
+    found = _TASKS.search(text)
+    return None if found is None else next(_of_srun(found[0]))[1]
+
+
 def _place(found: tuple[int, Death]) -> int:
     return found[0]
 

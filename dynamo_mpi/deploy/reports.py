@@ -73,9 +73,9 @@ class Beginning(NamedTuple):
             failures: the default folder for failure files.
         """
         words = command.words
-        named = [
-            folder for folder in _values(words, "--failure-dir") if not folder.endswith(f"/failures/{worker.name}")
-        ]
+        named = _values(words, "--failure-dir")
+        if named and named[0].endswith(f"/failures/{worker.name}"):
+            del named[0]  # the default, by its path inside the image
         # the user's choice; inside an image it may be any folder
         folder = Path(named[-1]) if named else failures
         origin = _origin(worker, words, environ)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -163,8 +164,16 @@ def worker_words(settings: LaunchSettings, source: CodeLocation, worker: Worker,
             "--timeline",
             f"{run_dir}/timeline/{worker.name}.html",
             *settings.worker_args,
+            *_own_failure_dir(worker.name, settings.worker_args),
         ),
     )
+
+
+def _own_failure_dir(name: str, words: Sequence[str]) -> tuple[str, ...]:
+    """Return the flag that makes the user's folder for failure files the worker's own: by them it is seen which worker has failed."""
+    folders = [word.partition("=")[2] for word in words if word.startswith("--failure-dir=")]
+    folders += [word for before, word in itertools.pairwise(words) if before == "--failure-dir"]
+    return ("--failure-dir", f"{folders[-1]}/{name}") if folders else ()
 
 
 def check_words(settings: LaunchSettings, source: CodeLocation) -> tuple[str, ...]:

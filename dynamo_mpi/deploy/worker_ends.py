@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.deploy.blame import Blame, Evidence, blame
-from dynamo_mpi.deploy.first_death import first_death
+from dynamo_mpi.deploy.first_death import ended_task, first_death
 from dynamo_mpi.deploy.reports import Beginning, Report, Trace, is_reported, report_death, trace_in_etcd
 
 if TYPE_CHECKING:
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 # rank 0's last log line in an orderly end
 GOODBYE = "exit: done"
+# after a report; srun names the rank that ended first within this time; where a host is lost, it can't
+LINGER_SECONDS = 2.0
+# after the end of a rank, without a report: the others, and its node agent, write it meanwhile
+SILENT_LINGER_SECONDS = 5.0
+# of a launcher that ends the other ranks itself; mpirun first loses the connection to a host, srun kills ranks after KillWait
+HANG_SECONDS = 60.0
 
 
 class WorkerEnd(NamedTuple):
@@ -77,3 +83,18 @@ def is_disorderly(name: str, step: Step, run_dir: RunDir) -> bool:
     if GOODBYE in step.last_words(200):
         return False
     return run_dir.is_ready(name) or first_death(step.child.output()) is not None
+
+
+def seconds_left(step: Step, beginning: Beginning, *, may_hang: bool) -> float:
+    """Return how long a worker's launcher may run on from now; infinite while no failure of its ranks is known.
+
+    Args:
+        step: its step, which runs.
+        beginning: its start.
+        may_hang: whether the launcher doesn't end the other ranks when one ends.
+    """
+    if beginning.has_files:
+        return LINGER_SECONDS if may_hang else HANG_SECONDS
+    if may_hang and ended_task(step.last_words(200)) is not None:
+        return SILENT_LINGER_SECONDS
+    return float("inf")

@@ -14,7 +14,7 @@ from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.step_commands import own_files
 from dynamo_mpi.deploy.steps import REST_SECONDS, Step, StepController, StepEnd, start
 from dynamo_mpi.deploy.timeline import keep_failed_start
-from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly
+from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly, seconds_left
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
 from dynamo_mpi.mpi.launcher import starts_before
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.step_commands import Command, CommandBuilder
     from dynamo_mpi.deploy.timeline import Milestones
-
-# srun names the rank that ended first within this time; where a host is lost, it can't
-LINGER_SECONDS = 2.0
 
 
 class _Ending(NamedTuple):
@@ -80,7 +77,7 @@ class WorkerSet:
         self._ready: dict[str, float] = {}
         self._endings: dict[str, _Ending] = {}
         self._ends: dict[str, StepEnd] = {}
-        self._reported: dict[str, float] = {}
+        self._deadlines: dict[str, float] = {}
         self._failed_at: dict[str, float] = {}
         self._found: dict[str, Blame] = {}
         self._planned: dict[str, tuple[MoveToSpare | Degrade, float]] = {}
@@ -203,7 +200,7 @@ class WorkerSet:
             self._end_rest(worker, step)
             return
         del self._running[name]
-        self._reported.pop(name, None)
+        self._deadlines.pop(name, None)
         if self._ends.pop(name, None) is not None:
             reported = next((each.code for each in self._starts[name].reports() if each.is_composed), code)
             code = ExitCode.TEMPORARY if self._failures.lost_nodes(worker) else reported
@@ -215,15 +212,15 @@ class WorkerSet:
         if name in self._ends:
             self._ends[name].poll()
             return
+        allowed = seconds_left(step, self._starts[name], may_hang=self._failures.may_hang)
+        self._deadlines[name] = min(self._deadlines.get(name, float("inf")), now + allowed)
         lost = {**self._starts[name].lost_hosts(), **self._failures.lost_nodes(worker)}
         if lost and self._failures.may_hang:
             why = ", ".join(f"{node} is lost ({reason})" for node, reason in lost.items())
         elif name in self._planned and now > self._planned[name][1]:
             why = "it hasn't drained in time"
-        elif self._failures.may_hang and self._starts[name].has_files:
-            if now < self._reported.setdefault(name, now) + LINGER_SECONDS:
-                return
-            why = "its ranks have reported a failure, and its launcher still runs"
+        elif now >= self._deadlines[name]:
+            why = "its ranks have failed, and its launcher still runs"
         else:
             return
         self._say(f"{name}: {why}: ending what is left of its step")

@@ -21,7 +21,7 @@ from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
-from dynamo_mpi.deploy import first_steps, node_inquiry, recovery, reports, step_ender
+from dynamo_mpi.deploy import first_steps, node_inquiry, recovery, reports, step_ender, worker_ends
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.node_health import parse_nodes
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -628,6 +628,36 @@ def test_a_lost_node_s_launcher_is_not_waited_for(run: Run) -> None:
         "decode-0: ended with exit code 75; n is left out (Slurm says down+not_responding), s1 takes its place" in said
     )
     assert time.monotonic() < began + 20
+
+
+DEAF = 'trap "" TERM INT; while :; do sleep 0.1; done'
+
+
+def test_a_step_whose_rank_died_before_its_agent_is_ended(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_ends, "SILENT_LINGER_SECONDS", 0.3)
+    hangs = f"echo 'srun: error: n: task 1: Exited with exit code 127'; {DEAF}"
+    decode = f"if [ -e {tmp_path}/once ]; then {SERVE}; else touch {tmp_path}/once; {hangs}; fi"
+    watch = watch_of("head=ALLOCATED m=ALLOCATED n=ALLOCATED s1=ALLOCATED")
+    began = time.monotonic()
+    code, said = run(
+        "decode-0: ready", raise_signal(signal.SIGTERM), 3, workers=APART, watch=watch, spares=("s1",), decode=decode
+    )
+    assert (code, "decode-0: its ranks have failed, and its launcher still runs: ending" in said) == (143, True), said
+    assert said.count("decode-0: 1 rank on n") == 2
+    assert time.monotonic() < began + 20
+
+
+def test_an_mpirun_that_outlives_its_ranks_report_is_ended(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_ends, "HANG_SECONDS", 0.3)
+    hangs = f"mkdir -p failures/decode-0; echo '{{}}' > failures/decode-0/backend-rank-3.json; {DEAF}"
+    decode = f"if [ -e {tmp_path}/once ]; then {SERVE}; else touch {tmp_path}/once; {hangs}; fi"
+    code, said = run("decode-0: ready", raise_signal(signal.SIGTERM), 3, workers=APART, decode=decode)
+    assert (code, "decode-0: its ranks have failed, and its launcher still runs: ending" in said) == (143, True), said
+    assert said.count("decode-0: 1 rank on n") == 2
 
 
 def test_a_drained_node_is_reported_once_and_its_worker_goes_on(run: Run) -> None:

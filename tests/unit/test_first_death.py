@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.deploy.first_death import Death, first_death
+from dynamo_mpi.deploy.first_death import Death, ended_task, first_death
 
 RECORDED = Path(__file__).resolve().parent.parent / "data" / "launchers"
 UNSURE = ", according to its launcher, which was already ending the ranks"
@@ -92,6 +92,19 @@ def test_other_words_of_the_same_kinds(line: str, death: Death | None) -> None:
         assert str(found) == "a rank on n2 closed its connections, which ended its peers"
     else:
         assert found == death
+
+
+@pytest.mark.parametrize(
+    ("text", "death"),
+    [
+        ("0: up\nsrun: error: n5: task 1: Exited with exit code 127\n", Death((1,), "n5", code=127)),
+        # a rank that serves may print anything; --label marks it
+        ("0: srun: error: n5: task 1: Exited with exit code 127\n1: MPI_ABORT was invoked\n", None),
+        ("srun: error: Unable to create step for job 7\n", None),
+    ],
+)
+def test_only_sruns_own_line_ends_a_step_that_still_runs(text: str, death: Death | None) -> None:
+    assert ended_task(text) == death
 
 
 def test_no_word_of_a_death_is_none() -> None:

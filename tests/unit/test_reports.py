@@ -10,7 +10,8 @@ import pytest
 
 from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.reports import Beginning, is_reported
-from dynamo_mpi.deploy.step_commands import Command
+from dynamo_mpi.deploy.settings import read_settings
+from dynamo_mpi.deploy.step_commands import CodeLocation, Command, worker_words
 from dynamo_mpi.discovery.failure_records import WorkerIdentity
 
 DECODE = Worker("decode-0", "decode", "e.yaml", ("n1", "n2"), 2)
@@ -50,6 +51,21 @@ def test_failure_files_are_looked_for_where_the_ranks_write_them(tmp_path: Path)
     (own / "new").write_text("{}")
     (own / "new").replace(own / "backend-rank-1.json")
     assert beginning.has_files
+
+
+def test_each_worker_has_its_part_of_the_users_folder_for_failure_files(tmp_path: Path) -> None:
+    engines = {"prefill_engine_config": "e", "decode_engine_config": "e"}
+    source = CodeLocation(None, "", "python3")
+    for given in (("--failure-dir", "/f/failures"), ("--failure-dir=/f/failures",)):
+        settings = read_settings({"model": "m", "launcher": "slurm", **engines}, given, {})
+        words = worker_words(settings, source, DECODE, "/run")
+        assert words[-2:] == ("--failure-dir", "/f/failures/decode-0")
+        beginning = Beginning.of(DECODE, Command("decode-0", "s", (words,)), {}, tmp_path)
+        assert beginning.failures == Path("/f/failures/decode-0")
+    settings = read_settings({"model": "m", "launcher": "slurm", **engines}, (), {})
+    words = worker_words(settings, source, DECODE, "/run")
+    assert words.count("--failure-dir") == 1
+    assert Beginning.of(DECODE, Command("decode-0", "s", (words,)), {}, tmp_path).failures == tmp_path
 
 
 @pytest.mark.parametrize(
