@@ -147,7 +147,7 @@ class Inquiry:
         self._problems |= {node: why for node, why in self._not_begun.items() if self._is_proven(node)}
         drained = self._prober.drained
         return tuple(
-            NodeHealth(node, self._problems.get(node) or lost.get(node, ""), drained.get(node, ""))
+            NodeHealth(node, self._problems.get(node) or lost.get(node, ""), drained.get(node, ""), node in lost)
             for node in self._nodes
         )
 

@@ -6,7 +6,7 @@
 | a mistake (64 to 66, 77, 78), which another start would repeat | `Stop`, its code |
 | the head node is lost | `Stop`, 75 |
 | the worker's last three starts ended in the same phase with the same cause, without serving meanwhile | `Stop`, its code |
-| a node is lost or unhealthy | `MoveToSpare`; without a spare `Degrade`, or `Stop` with 75 |
+| a node is lost or unhealthy; an unhealthy head node keeps the services | `MoveToSpare`; without a spare `Degrade`, or `Stop` with 75 |
 | the worker has failed more often than ``max_restarts`` in an hour, moves from bad nodes not counted | `Stop`, its code |
 | a healthy node is blamed a second time in an hour, or drained by an administrator | `MoveToSpare`, where there is a spare |
 | else | `RestartInPlace` |
@@ -68,11 +68,13 @@ class NodeHealth:
         node: its name.
         problem: why no worker can run there; empty if one can.
         drained: what Slurm says if an administrator takes the node out: a spare is better, if there is one; empty if not.
+        is_lost: whether the problem is that the node is gone, with all that ran there.
     """
 
     node: str
     problem: str = ""
     drained: str = ""
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def decide(case: Situation) -> Action:
     if newest.is_mistake:
         return Stop(newest.code)
     bad = {each.node: each.problem for each in case.health if each.problem and each.node in case.nodes}
-    if case.head in bad:
+    if any(each.node == case.head and each.is_lost for each in case.health):
         return Stop(ExitCode.TEMPORARY, f"the head node {case.head} is lost: {bad[case.head]}", bad)
     own = [event for event in recent(case.events) if event.worker == newest.worker]
     if not bad and is_crash_loop(own):

@@ -615,6 +615,26 @@ def test_a_lost_head_node_ends_it_with_75(run: Run) -> None:
     assert (code, "the head node head is lost, with etcd, NATS and the frontend: Slurm says down" in said) == (75, True)
 
 
+def test_a_sick_head_node_keeps_its_services_and_its_worker_moves(run: Run) -> None:
+    own = (replace(PREFILL, nodes=("m",)), replace(DECODE, nodes=("head",)))
+    fails = FAILS_ON_N.replace("= n ]", "= head ]")
+    probe = f'if [ "$NODE" = head ]; then {SICK}; else {WELL}; fi'
+    watch = watch_of("head=ALLOCATED m=ALLOCATED s1=ALLOCATED")
+    code, said = run(
+        AGAIN,
+        raise_signal(signal.SIGTERM),
+        3,
+        workers=own,
+        watch=watch,
+        spares=("s1",),
+        probe_script=probe,
+        decode=fails,
+    )
+    assert code == 143, said
+    assert "head is left out (V10: GPU 3: 2 uncorrected ECC errors), s1 takes its place" in said
+    assert said.count("prefill-0: ready") == 1
+
+
 def test_a_lost_node_s_launcher_is_not_waited_for(run: Run) -> None:
     deaf = f'if [ "$NODES" = n ]; then trap "" TERM INT; while :; do sleep 0.1; done; else {SERVE}; fi'
     began = time.monotonic()

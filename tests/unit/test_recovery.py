@@ -81,8 +81,26 @@ CASES: dict[str, tuple[Situation, Action]] = {
         case(health=(*WELL, NodeHealth("n9", "bad"))),
         RestartInPlace(0.0),
     ),
-    "the head node": (
-        case(health=LOST, head="n3", spares=("n9",)),
+    "the head node with a sick GPU: its services run on": (
+        case(health=(NodeHealth("n3", "GPU 3 has 2.0 GiB in use"), NodeHealth("n4")), head="n3"),
+        MoveToSpare((("n3", "n9"),), 0.0, {"n3": "GPU 3 has 2.0 GiB in use"}),
+    ),
+    "… without a spare": (
+        case(
+            health=(NodeHealth("n3", "sick"), NodeHealth("n4")),
+            head="n3",
+            spares=(),
+            others=("decode-1",),
+            max_restarts=0,
+        ),
+        Degrade("no spare node is left for n3 of decode-0 (sick)", {"n3": "sick"}),
+    ),
+    "… without a spare, and nobody else of the role": (
+        case(health=(NodeHealth("n3", "sick"), NodeHealth("n4")), head="n3", spares=()),
+        Stop(75, "no spare node is left for n3 of decode-0 (sick)", {"n3": "sick"}),
+    ),
+    "the head node is lost": (
+        case(health=(NodeHealth("n3", "Slurm says down", is_lost=True), NodeHealth("n4")), head="n3", spares=("n9",)),
         Stop(75, "the head node n3 is lost: Slurm says down", {"n3": "Slurm says down"}),
     ),
     "a healthy host that is blamed a second time": (
@@ -109,7 +127,7 @@ CASES: dict[str, tuple[Situation, Action]] = {
         case(health=(NodeHealth("n3"), NodeHealth("n4", drained="Slurm says drain"))),
         MoveToSpare((("n4", "n9"),), 0.0, {"n4": "Slurm says drain"}, is_forced=False),
     ),
-    "… without a spare": (
+    "… drained, without a spare": (
         case(health=(NodeHealth("n3"), NodeHealth("n4", drained="Slurm says drain")), spares=()),
         RestartInPlace(0.0),
     ),
