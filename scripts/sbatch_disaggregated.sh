@@ -4,15 +4,13 @@
 #SBATCH --job-name=dynamo_mpi
 #SBATCH --exclusive
 #SBATCH --requeue
-# a lost node ends the worker that uses it, not the job
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # five minutes before the time limit the deployment is asked to finish what is in flight
 #SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
-# `sbatch --nodes=4 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times,
-# without the nodes that launch has excluded.
+# `sbatch --nodes=4 … scripts/sbatch_disaggregated.sh` from the checkout, with spare nodes also --no-kill. A job that ends with 75
+# (temporary) goes back into the queue, some times, without the nodes that launch has excluded.
 
 set -euo pipefail
 
@@ -63,8 +61,13 @@ submit() {
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}
         "${options[@]}" "$root/scripts/sbatch_disaggregated.sh" "${arguments[@]}"
     )
+    # a lost node ends the worker that uses it, not the job; without spare nodes Slurm ends the job, and requeues it
+    if ((10#${NUM_SPARE_NODES:-0} > 0)); then
+        export SBATCH_NO_KILL=1
+    fi
     if [[ -n $dry ]]; then
         printf 'DYN_MPI_CHECKOUT=%q' "$root"
+        printf '%s' "${SBATCH_NO_KILL:+ SBATCH_NO_KILL=1}"
         printf ' %q' "${command[@]}"
         printf '\n'
         exit 0
@@ -98,24 +101,36 @@ while kill -0 "$launcher" 2>/dev/null; do
     code=0
     wait "$launcher" || code=$?
 done
-# Puts the job back into the queue, without the nodes that launch has excluded. Slurm takes a list of excluded nodes only for a job that
-# isn't running: after the requeue, which ends this script by SIGTERM, and KillWait seconds later by SIGKILL.
+# Puts the job back into the queue, without the nodes that launch has excluded; its arguments are launch's. Slurm takes a list of excluded
+# nodes only for a job that isn't running: after the requeue, which ends this script by SIGTERM, and KillWait seconds later by SIGKILL.
 requeue() {
-    local file=${DYN_MPI_RUN_DIR:-dynamo_mpi-$SLURM_JOB_ID}/excluded.json bad before
+    local folder=${DYN_MPI_RUN_DIR:-dynamo_mpi-$SLURM_JOB_ID} word previous="" file bad before
+    for word in "$@"; do
+        [[ $word != -- ]] || break
+        [[ $previous != --run-dir ]] || folder=$word
+        [[ $word != --run-dir=* ]] || folder=${word#*=}
+        previous=$word
+    done
+    file=$folder/excluded.json
     bad=$(grep -o '"node": *"[A-Za-z0-9._-]*"' "$file" 2>/dev/null | cut -d'"' -f4 | sort -u | paste -sd, -) || true
     before=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2) || true
     [[ $before != "(null)" ]] || before=""
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || {
+        printf '%s\n' "scontrol requeue $SLURM_JOB_ID failed ($?): the job isn't put back into the queue" \
+            "  fix:      submit it again${bad:+ with --exclude=$bad}; whether it may be requeued: scontrol show job, Requeue" >&2
+        exit "$code"
+    }
     [[ -n $bad ]] || return 0
     echo "without $bad (excluded.json)" >&2
-    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad"
+    scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad" ||
+        echo "scontrol update failed: the nodes aren't excluded by Slurm, but by launch where they are in excluded.json" >&2
 }
 
 requeues=${SLURM_RESTART_COUNT:-0}
 if ((code == 75 && requeues < ${DYN_MPI_MAX_REQUEUES:-10})); then
     echo "temporary failure (75): back into the queue, for the $((requeues + 1)). time" >&2
-    requeue
+    requeue "$@"
 elif ((code == 75)); then
     echo "temporary failure (75) after $requeues requeues: the job ends (DYN_MPI_MAX_REQUEUES)" >&2
 fi

@@ -116,7 +116,9 @@ def _run(arguments: argparse.Namespace) -> int:
     nodes = _nodes(settings, arguments.dry_run, named)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes.job_id)))
     excluded = () if arguments.dry_run else excluded_before(path, nodes.job_id)
-    placement = assign(settings, nodes, [each.node for each in excluded])
+    left_out = [each.node for each in excluded]
+    nodes = nodes.with_head_outside(left_out)
+    placement = assign(settings, nodes, left_out)
     source = find_source(settings.image, settings.python)
     builder, step_controller = _launcher(settings, nodes, source, path)
     if arguments.dry_run:

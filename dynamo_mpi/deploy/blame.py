@@ -194,7 +194,8 @@ def _of_launcher(evidence: Evidence) -> Blame:
     host = evidence.node_of(death.host, rank)
     is_lost = "lost with its" in death.how
     return Blame(
-        code,
+        # of srun, which ends the other ranks, it says nothing of the cause
+        ExitCode.TEMPORARY if is_lost and not is_mistake else code,
         rank,
         # a launcher that had begun to end the ranks may name one of those
         host if death.is_sure else "",

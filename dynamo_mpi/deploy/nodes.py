@@ -44,6 +44,11 @@ class Nodes:
     job_id: str = ""
     chosen: bool = False
 
+    def with_head_outside(self, excluded: Collection[str]) -> Nodes:
+        """Return it with another head node, if that one is left out and there is another one."""
+        free = [name for name in self.names if name not in excluded]
+        return replace(self, head=free[0]) if self.head in excluded and free else self
+
 
 def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> Nodes:
     """Return the nodes of the Slurm allocation in which this process runs.

@@ -5,7 +5,7 @@
 |---|---|
 | a mistake (64 to 66, 77, 78), which another start would repeat | `Stop`, its code |
 | the head node is lost | `Stop`, 75 |
-| the worker's last three starts ended in the same phase with the same cause, without serving meanwhile | `Stop`, its code |
+| the last three starts ended in the same phase with the same cause, without serving meanwhile | `Stop`, its code; 70 for 75: no requeue |
 | a node is lost or unhealthy; an unhealthy head node keeps the services | `MoveToSpare`; without a spare `Degrade`, or `Stop` with 75 |
 | the worker has failed more often than ``max_restarts`` in an hour, moves from bad nodes not counted | `Stop`, its code |
 | a healthy node is blamed a second time in an hour, or drained by an administrator | `MoveToSpare`, where there is a spare |
@@ -167,7 +167,8 @@ def decide(case: Situation) -> Action:
     own = [event for event in recent(case.events) if event.worker == newest.worker]
     if not bad and is_crash_loop(own):
         where = f" in {newest.phase}" if newest.phase else ""
-        return Stop(newest.code, f"{newest.worker} ended {SAME_FAILURES} times{where} with the same cause")
+        code = ExitCode.ENGINE if newest.code == ExitCode.TEMPORARY else newest.code
+        return Stop(code, f"{newest.worker} ended {SAME_FAILURES} times{where} with the same cause")
     if bad:
         return _leave_out(case, bad)
     restarts = restarts_in_window(case.events, newest.worker)

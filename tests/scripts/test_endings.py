@@ -52,6 +52,53 @@ def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
     assert (code, f"NUM_DECODE_NODES is '{value}'" in said) == (64, True), said
 
 
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+"requeue 12") [ -z "$NO_REQUEUE" ] || { echo "Requested operation is presently disabled" >&2; exit 1; } ;;
+"--oneliner show") echo "JobId=12 ExcNodeList=(null) Requeue=1" ;;
+"update jobid=12") ;;
+*) echo "stand-in for scontrol: unknown: $*" >&2; exit 1 ;;
+esac
+echo "$*" >> "$CALLS"
+"""
+
+
+@pytest.mark.parametrize("named", ["variable", "--run-dir X", "--run-dir=X", "of the worker"])
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_a_batch_job_asks_for_its_requeue(named: str, is_allowed: bool, tmp_path: Path) -> None:
+    scripts, run_dir, calls = tmp_path / "checkout" / "scripts", tmp_path / "run dir", tmp_path / "calls"
+    for folder in (scripts, run_dir, tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    # in the launcher's place: it has left a node out
+    for path, content in (
+        (scripts / "srun_disaggregated.sh", "#!/bin/sh\nexit 75\n"),
+        (tmp_path / "bin" / "scontrol", SCONTROL),
+    ):
+        path.write_text(content)
+        path.chmod(0o755)
+    (run_dir / "excluded.json").write_text('{"nodes": [{"node": "n3"}]}')
+    words = {"--run-dir X": ("--run-dir", str(run_dir)), "--run-dir=X": (f"--run-dir={run_dir}",)}.get(named, ())
+    if named == "of the worker":
+        words = ("--", "--run-dir", str(tmp_path))
+    variables = {"SLURM_JOB_ID": "12", "DYN_MPI_CHECKOUT": str(scripts.parent), "CALLS": str(calls)}
+    variables |= {} if words and words[0] != "--" else {"DYN_MPI_RUN_DIR": str(run_dir)}
+    variables |= {} if is_allowed else {"NO_REQUEUE": "1"}
+    code, said = run("sbatch_disaggregated.sh", *words, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables)
+    asked = calls.read_text().splitlines()
+    assert code == 75, said
+    assert ("update jobid=12 ExcNodeList=n3" in asked) == is_allowed, said
+    assert ("submit it again with --exclude=n3" in said) == (not is_allowed), said
+
+
+@pytest.mark.parametrize(("spares", "is_kept"), [("0", False), ("", False), ("08", True), ("2", True)])
+def test_a_batch_job_outlives_a_node_only_with_spare_nodes(spares: str, is_kept: bool) -> None:
+    words = [SCRIPTS / "sbatch_disaggregated.sh", "--dry-run"]
+    variables = {"PATH": os.environ["PATH"], "NUM_SPARE_NODES": spares}
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
+    assert ("SBATCH_NO_KILL=1 sbatch" in done.stdout) == is_kept
+    assert "#SBATCH --no-kill" not in (SCRIPTS / "sbatch_disaggregated.sh").read_text()
+
+
 @pytest.mark.parametrize("value", ["abc", "1.5", "-1"])
 def test_a_number_of_spare_nodes_that_is_none_is_not_submitted(value: str) -> None:
     code, said = run("sbatch_disaggregated.sh", "--dry-run", NUM_SPARE_NODES=value)

@@ -161,3 +161,34 @@ def test_a_requeued_job_leaves_the_excluded_nodes_out(slurm: SlurmSession, tmp_p
     facts = slurm.wait_for_job(job, 60)
     assert facts["JobState"] == "COMPLETED", log.read_text()
     assert "run 1 on n4" in log.read_text(), log.read_text()
+
+
+@pytest.mark.parametrize("option", ["--no-kill", ""])
+def test_what_becomes_of_a_batch_job_that_loses_the_node_of_its_script(
+    option: str, make_slurm: MakeSlurm, tmp_path: Path
+) -> None:
+    slurm = make_slurm(nodes=3, node_timeout=5, requeue_delay=10)
+    try:
+        script = tmp_path / "job.sh"
+        script.write_text("#!/bin/sh\nsrun --overlap --no-kill sleep 3612\n")
+        words = ("--parsable", "--nodes=2", "--requeue", *filter(None, [option]))
+        job = slurm.sbatch(*words, script, cwd=tmp_path).stdout.strip()
+
+        def facts() -> dict[str, str]:
+            shown = slurm.exec("scontrol", "--oneliner", "show", "job", job).stdout
+            return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+        def runs(node: str) -> bool:
+            return any(command_line(pid)[1:] == ["3612"] for pid in slurm.pids(node))
+
+        eventually(lambda: runs("n1") and runs("n2"), f"it runs: {facts()}", 20)
+        slurm.kill_node("n1")
+        if option:
+            eventually(lambda: facts()["NodeList"] == "n2", "the job goes on without the node", 60)
+            assert (facts()["JobState"], facts()["Restarts"], facts()["BatchHost"]) == ("RUNNING", "0", "n1"), facts()
+            assert runs("n2")
+        else:
+            eventually(lambda: facts()["Restarts"] == "1", "it is requeued", 60)
+            eventually(lambda: facts()["NodeList"] == "n[2-3]", "it runs on other nodes", 60)
+    finally:
+        slurm.cluster.down()

@@ -115,6 +115,18 @@ CASES: dict[str, tuple[Evidence, tuple[int, str, tuple[str, ...]]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("code", "words", "expected"),
+    [
+        (143, "srun: error: Node failure on n4\n", 75),
+        (64, "srun: error: Node failure on n4\n", 64),
+        (143, "srun: error: n4: task 1: Terminated\n", 143),
+    ],
+)
+def test_a_lost_node_without_a_report_is_temporary(code: int, words: str, expected: int) -> None:
+    assert blame(Evidence(code, NODES, (), first_death(words))).code == expected
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_right_one_is_blamed(name: str) -> None:
     evidence, (rank, host, suspects) = CASES[name]

@@ -139,6 +139,10 @@ CASES: dict[str, tuple[Situation, Action]] = {
         case(at(0, 10, 20, code=70, phase="load", served=0.0)),
         Stop(70, "decode-0 ended 3 times in load with the same cause"),
     ),
+    "… a temporary one, which a requeue would repeat": (
+        case(at(0, 10, 20, code=75, phase="load", served=0.0)),
+        Stop(70, "decode-0 ended 3 times in load with the same cause"),
+    ),
     "three ends that differ": (
         case((*at(0, 10, phase="load", served=0.0), *at(20, phase="warmup", served=0.0)), spares=()),
         RestartInPlace(2.0),

@@ -58,6 +58,23 @@ def test_the_last_nodes_are_spares(
     assert list(found.spares) == spares
 
 
+@pytest.mark.parametrize(
+    ("excluded", "head", "workers"),
+    [((), "n1", ["n1", "n2"]), (("n2",), "n1", ["n1", "n3"]), (("n1",), "n2", ["n2", "n3"])],
+)
+def test_the_services_of_another_launch_of_the_job_run_on_no_node_that_is_left_out(
+    excluded: tuple[str, ...], head: str, workers: list[str]
+) -> None:
+    nodes = Nodes(("n1", "n2", "n3"), "n1", "12").with_head_outside(excluded)
+    found = assign(settings(spare_nodes="1"), nodes, excluded)
+    assert (found.head, [node for worker in found.workers for node in worker.nodes]) == (head, workers)
+
+
+def test_without_a_node_that_is_not_left_out_the_head_stays() -> None:
+    nodes = Nodes(("n1", "n2"), "n1", "12")
+    assert nodes.with_head_outside(("n1", "n2")) is nodes
+
+
 def test_a_worker_s_nodes_stay_in_slurms_order() -> None:
     worker = Worker("decode-0", "decode", "e", ("n2", "n3"), 2)
     order = ("n1", "n2", "n3", "n4")

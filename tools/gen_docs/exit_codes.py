@@ -21,7 +21,10 @@ TO_DO = {
         "look at etcd or NATS: do they run, is the address right, is there a firewall?",
         "`launch --max-restarts`; a batch job isn't requeued",
     ),
-    ExitCode.ENGINE: ("read the report: it names the rank, its host and the phase", "`launch --max-restarts`"),
+    ExitCode.ENGINE: (
+        "read the report: it names the rank, its host and the phase",
+        "`launch --max-restarts`; no requeue, also of a worker that ended three times in a row for the same temporary cause",
+    ),
     ExitCode.TEMPORARY: (
         "start it again",
         "`launch --max-restarts`, and `sbatch_disaggregated.sh`, which requeues its job on this code alone",
