@@ -92,7 +92,7 @@ def test_a_batch_job_asks_for_its_requeue(named: str, is_allowed: bool, tmp_path
 
 @pytest.mark.parametrize(("spares", "is_kept"), [("0", False), ("", False), ("08", True), ("2", True)])
 def test_a_batch_job_outlives_a_node_only_with_spare_nodes(spares: str, is_kept: bool) -> None:
-    words = [SCRIPTS / "sbatch_disaggregated.sh", "--dry-run"]
+    words = [str(SCRIPTS / "sbatch_disaggregated.sh"), "--dry-run"]
     variables = {"PATH": os.environ["PATH"], "NUM_SPARE_NODES": spares}
     done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
     assert ("SBATCH_NO_KILL=1 sbatch" in done.stdout) == is_kept
