@@ -8,6 +8,7 @@ one, the causes in the ranks' failure files are ordered as rank 0 orders them; w
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +86,7 @@ class Evidence:
         phase: the worker's phase, if no report has one.
         lost: nodes that are known to be lost.
         ranks_per_node: consecutive ranks on each node; 0 if that isn't known.
+        is_reported: whether the worker's own processes have reported its end, not the launcher in their place.
     """
 
     code: int
@@ -94,6 +96,7 @@ class Evidence:
     phase: str = ""
     lost: tuple[str, ...] = ()
     ranks_per_node: int = 0
+    is_reported: bool = False
 
     def node_of(self, host: str, rank: int) -> str:
         """Return the node of a rank; empty if it isn't known. A host may call itself by another name than Slurm or the hostfile does."""
@@ -120,6 +123,7 @@ class Blame:
         error: the error, in a line.
         suspects: nodes that a report names as lost, or unfit in the hardware check.
         is_mistake: whether another start would end the same way, wherever it runs.
+        is_killed: whether a rank was killed by SIGKILL, and the others' report shows that all hosts answered: that is no node's fault.
     """
 
     code: int
@@ -130,6 +134,7 @@ class Blame:
     error: str = ""
     suspects: tuple[str, ...] = ()
     is_mistake: bool = False
+    is_killed: bool = False
 
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.rank >= 0 else "a rank"
@@ -156,6 +161,7 @@ def blame(evidence: Evidence) -> Blame:
     death = evidence.death
     is_bare = report.cause is DetectedBy.DISCONNECT and death is not None and report.rank in death.ranks
     error = _how(death) if is_bare and death is not None else report.error
+    is_killed = is_bare and death is not None and death.is_sure and death.signal == signal.SIGKILL
     return Blame(
         code,
         report.rank,
@@ -165,6 +171,7 @@ def blame(evidence: Evidence) -> Blame:
         error,
         tuple(dict.fromkeys(node for node in (*lost, *named) if node)),
         code in MISTAKES and report.phase != _HARDWARE,
+        is_killed and report.is_composed and evidence.is_reported and not lost,
     )
 
 

@@ -12,6 +12,7 @@ from dynamo_mpi.deploy.recovery import (
     Degrade,
     FailureEvent,
     MoveToSpare,
+    RestartInPlace,
     Situation,
     Stop,
     decide,
@@ -137,14 +138,14 @@ class FailureHandler:
             error=found.error,
         )
         self._events = [*self._events[-_MOST_EVENTS:], event]
-        # where no start may follow, there is nothing to find out
-        has_choice = not found.is_mistake and (self.max_restarts or self.spares.spares)
-        # those that are being made ready compute
-        nodes = (*worker.nodes, *self.spares.ready[: len(worker.nodes)])
-        self._inquiries[worker.name] = (
-            event,
-            self.prober.begin(nodes, environment, found.suspects) if has_choice else None,
-        )
+        inquiry = None
+        if self._has_questions(worker, found):
+            asked = {node for _, other in self._inquiries.values() if other is not None for node in other.nodes}
+            # those that are being made ready compute
+            idle = [node for node in self.nearest_spares(found.host) if node in self.spares.ready and node not in asked]
+            nodes = (*worker.nodes, *idle[: len(worker.nodes)])
+            inquiry = self.prober.begin(nodes, environment, found.suspects)
+        self._inquiries[worker.name] = (event, inquiry)
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
         """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.
@@ -156,7 +157,11 @@ class FailureHandler:
         if worker.name not in self._inquiries:
             return None
         event, inquiry = self._inquiries[worker.name]
-        health = () if inquiry is None else inquiry.poll()
+        health: tuple[NodeHealth, ...] | None = ()
+        if inquiry is not None:
+            for node in set(inquiry.nodes) - {*worker.nodes, *self.spares.available}:
+                inquiry.drop(node)
+            health = inquiry.poll()
         if health is None:
             return None
         del self._inquiries[worker.name]
@@ -218,6 +223,17 @@ class FailureHandler:
             ],
             "drained": [{"node": node, "reason": reason} for node, reason in drained.items()],
         }
+
+    def _has_questions(self, worker: Worker, found: Blame) -> bool:
+        """Return whether the answer to the last event depends on the nodes."""
+        if found.is_mistake or not (self.max_restarts or self.spares.spares):
+            return False  # no start may follow
+        if not found.is_killed or any(self.prober.is_doubtful(node) for node in worker.nodes):
+            return True
+        # once, a killed rank is no node's fault: the worker starts again at once, and its own checks look at its GPUs
+        spares = self.spares.available
+        case = Situation(worker.nodes, tuple(self._events), self.max_restarts, (), spares, self.head)
+        return self.restarts(worker.name) > 1 or decide(case) != RestartInPlace(0.0)
 
     def _leave_out_spares(self, health: Sequence[NodeHealth]) -> None:
         bad = {each.node: each.problem for each in health if each.problem}

@@ -53,6 +53,7 @@ class NodeProber:
         self, builder: ProbeBuilder, step_controller: StepController, run_dir: RunDir, watch: NodeWatch | None = None
     ) -> None:
         self._builder, self._step_controller, self._run_dir, self.watch = builder, step_controller, run_dir, watch
+        self._topologies: dict[str, list[frozenset[str]]] = {}
 
     @property
     def lost(self) -> Mapping[str, str]:
@@ -89,11 +90,17 @@ class NodeProber:
         """Return spares in the order of their distance from a node, by Slurm's switches and blocks."""
         if self.watch is None or len(spares) < 2 or not node:
             return spares
-        return tuple(nearest(spares, topology_of(node)))
+        if not self._topologies.get(node):  # not known, or Slurm didn't answer
+            self._topologies[node] = topology_of(node)
+        return tuple(nearest(spares, self._topologies[node]))
 
     def is_silent(self, node: str) -> bool:
         """Return whether a node's host is known not to answer; never where nodes aren't watched."""
         return self.watch is not None and self.watch.is_silent(node)
+
+    def is_doubtful(self, node: str) -> bool:
+        """Return whether anything is known against a node."""
+        return node in self.lost or node in self.drained or self.is_silent(node)
 
     @property
     def is_waiting(self) -> bool:
@@ -121,7 +128,7 @@ class Inquiry:
     def __init__(
         self, prober: NodeProber, nodes: tuple[str, ...], steps: dict[str, Step], suspects: tuple[str, ...] = ()
     ) -> None:
-        self._prober, self._nodes, self._steps, self._suspects = prober, nodes, steps, suspects
+        self._prober, self.nodes, self._steps, self._suspects = prober, nodes, steps, suspects
         self._began = time.monotonic()
         self._problems: dict[str, str] = {}
         # nodes on which the probe has begun, and problems of those where it never has
@@ -132,7 +139,7 @@ class Inquiry:
 
     def poll(self) -> tuple[NodeHealth, ...] | None:
         """Return the nodes' health; None while it isn't known."""
-        gone = {node: _UNREACHABLE for node in self._nodes if self._prober.is_gone(node, self._suspects)}
+        gone = {node: _UNREACHABLE for node in self.nodes if self._prober.is_gone(node, self._suspects)}
         lost = {**gone, **self._prober.lost}
         if self._prober.is_waiting:
             self._began = time.monotonic()
@@ -148,8 +155,14 @@ class Inquiry:
         drained = self._prober.drained
         return tuple(
             NodeHealth(node, self._problems.get(node) or lost.get(node, ""), drained.get(node, ""), node in lost)
-            for node in self._nodes
+            for node in self.nodes
         )
+
+    def drop(self, node: str) -> None:
+        """Ask a node no longer: a worker uses it by now, whose memory the probe would find."""
+        self.nodes = tuple(each for each in self.nodes if each != node)
+        if (step := self._steps.pop(node, None)) is not None:
+            self._prober.end(step)
 
     def domain_of(self, nodes: Collection[str]) -> str:
         """Return the NVLink domain of some of the nodes; empty if they have none, or it isn't known."""

@@ -73,6 +73,7 @@ class WorkerEnd(NamedTuple):
             trace.phase or ("serve" if self.was_ready else ""),
             tuple(self.lost),
             worker.ranks_per_node,
+            is_reported=report is None,
         )
         return blame(evidence), report
 

@@ -170,6 +170,25 @@ def test_what_the_launcher_saw_of_a_death_is_its_cause() -> None:
     assert str(Blame(75)) == "a rank"
 
 
+@pytest.mark.parametrize(
+    ("evidence", "is_killed"),
+    [
+        (Evidence(70, NODES, (COMPOSED,), KILLED, is_reported=True), True),
+        # the launcher has composed the report itself: the node's agent may be gone with the node
+        (Evidence(70, NODES, (COMPOSED,), KILLED), False),
+        (Evidence(70, NODES, (report(1, "n4", DISCONNECT, DIED),), KILLED, is_reported=True), False),
+        # a sick GPU makes ranks crash
+        (Evidence(70, NODES, (COMPOSED,), KILLED._replace(signal=11), is_reported=True), False),
+        (Evidence(70, NODES, (COMPOSED,), KILLED._replace(is_sure=False), is_reported=True), False),
+        (Evidence(70, NODES, (COMPOSED,), KILLED._replace(ranks=(0,)), is_reported=True), False),
+        (Evidence(70, NODES, (COMPOSED, report(0, "n3", LOST, "is lost")), KILLED, is_reported=True), False),
+        (Evidence(75, NODES, (COMPOSED,), KILLED, "", ("n4",), is_reported=True), False),
+    ],
+)
+def test_whether_a_rank_was_killed_while_all_hosts_answered(evidence: Evidence, is_killed: bool) -> None:
+    assert blame(evidence).is_killed == is_killed
+
+
 def test_a_failure_file_is_read() -> None:
     content = {
         "rank": 1,

@@ -385,6 +385,58 @@ def test_a_healthy_node_gets_the_worker_again_at_once(run: Run, tmp_path: Path) 
     assert not (tmp_path / "run" / "excluded.json").exists()
 
 
+def killed(tmp_path: Path, times: int) -> str:
+    """Return a worker whose rank is killed so often, which its node's agent reports."""
+    content = {"rank": 0, "host": "n", "phase": "serve", "cause": "disconnect", "exit_code": 70, "error": "died"}
+    written = json.dumps({**content, "time": 1.0, "report": "rank 0 on n died"})
+    report = f"mkdir -p failures/decode-0; echo '{written}' > failures/decode-0/backend-rank-0.json"
+    ends = f"echo 'srun: error: n: task 0: Killed'; umask 077; {report}; exit 70"
+    return f'echo >> {tmp_path}/starts; if [ "$(wc -l < {tmp_path}/starts)" -gt {times} ]; then {SERVE}; fi; {ends}'
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_after_a_rank_was_killed_no_probe_is_waited_for_the_first_time(run: Run, tmp_path: Path, times: int) -> None:
+    probe = f"touch {tmp_path}/probed; {WELL}"
+    fails = killed(tmp_path, times)
+    code, said = run(
+        "decode-0: ready", raise_signal(signal.SIGTERM), 3, spares=("s1",), decode=fails, probe_script=probe
+    )
+    assert (code, (tmp_path / "probed").exists()) == (143, times > 1), said
+    assert "decode-0: ended with exit code 70; start 2 of at most 4 in an hour, at once" in said
+    assert ("n is left out (2 failures within an hour began there" in said) == (times > 1)
+
+
+def test_the_spare_that_is_taken_is_the_one_that_was_probed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_inquiry, "topology_of", lambda node: [frozenset({node, "s2"})])
+    probe = f'touch {tmp_path}/probed-$NODE; if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    watch = watch_of("head=ALLOCATED m=ALLOCATED n=ALLOCATED s1=ALLOCATED s2=ALLOCATED")
+    fails = FAILS_WITH_WORDS.replace("exit 137", f"{READY_AND}; sleep 1; exit 137")
+    code, said = run(
+        "decode-0: 1 rank on s",
+        raise_signal(signal.SIGTERM),
+        3,
+        workers=APART,
+        spares=("s1", "s2"),
+        watch=watch,
+        probe_script=probe,
+        decode=fails,
+    )
+    assert (code, "s2 takes its place" in said) == (143, True), said
+    assert sorted(path.name for path in tmp_path.glob("probed-*")) == ["probed-n", "probed-s2"]
+
+
+def test_two_workers_that_fail_at_once_have_different_spares_probed(run: Run, tmp_path: Path) -> None:
+    workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
+    probe = f'echo >> {tmp_path}/probed-$NODE; sleep 2; case "$NODE" in s*) {WELL};; *) {SICK};; esac'
+    fails = f'case "$NODES" in s*) {SERVE};; *) {READY_AND}; sleep 1; exit 137;; esac'
+    more = {"workers": workers, "spares": ("s1", "s2"), "probe_script": probe, "decode": fails}
+    code, said = run("takes its place#2", raise_signal(signal.SIGTERM), 3, **more)
+    assert (code, "s1 takes its place" in said, "s2 takes its place" in said) == (143, True, True), said
+    assert [(tmp_path / f"probed-{node}").read_text() for node in ("s1", "s2")] == ["\n", "\n"]
+
+
 def test_without_a_spare_it_goes_on_with_the_others_of_the_role(run: Run, tmp_path: Path) -> None:
     described: list[dict[str, Any]] = []
 

@@ -96,6 +96,15 @@ def test_silence_alone_is_no_proof_and_nor_is_a_report(
     inquiry.close()
 
 
+def test_a_spare_that_was_taken_meanwhile_is_asked_no_longer(prober: NodeProber) -> None:
+    inquiry = prober.begin((HEALTHY, SILENT), {"PATH": "/usr/bin:/bin"})
+    (step,) = [step for node, step in inquiry._steps.items() if node == SILENT]
+    assert inquiry.poll() is None
+    inquiry.drop(SILENT)
+    assert step.child.exit_code() is not None
+    assert health(inquiry) == {HEALTHY: ""}
+
+
 WAITS, FAILS, WELL = ("sleep", "600"), ("false",), ("printf", "%s\\n", HERE, ProbeResult().line)
 
 
