@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.deploy.nodes import is_this_host
 from dynamo_mpi.deploy.step_commands import (
+    COPY_STEP,
     KV_CHECK,
     STEP_PREFIX,
     CodeLocation,
@@ -165,15 +166,14 @@ class Srun:
         return replace(self, container=None)._on_node(node, f"probe-{node}", words, {})
 
     def prepare(self, node: str) -> tuple[Command, ...]:
-        """What makes a spare node ready: the hardware check, in the container if there is one, which brings the image to the node; and a copy
-        of the model, where it is staged."""
+        """What makes a spare node ready: the hardware check, in the container, which brings the image; a copy of the model, where it is staged."""
         check = self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {})
         if self.settings.stage_dir is None:
             return (check,)
         options = (*_ON_ONE_NODE, f"--mpi={self.settings.mpi}", f"--nodelist={node}")
         environment, words = worker_environment(self.settings), only_stage_words(self.source)
         more = self.settings.srun_args
-        stage = self._with_folders()._step(f"stage-{node}", options, more, words, environment, ())
+        stage = self._with_folders()._step(f"{COPY_STEP}{node}", options, more, words, environment, ())
         return check, _on_nodes(stage, (node,))
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
@@ -323,7 +323,8 @@ class Mpirun:
             return (check,)
         environment = self._environment()
         placed = self._placed((node,), 1, {*environment, *self.forwarded})
-        return check, Command(f"stage-{node}", f"stage-{node}", (*placed, only_stage_words(self.source)), environment)
+        name = f"{COPY_STEP}{node}"
+        return check, Command(name, name, (*placed, only_stage_words(self.source)), environment)
 
     def _probe(self, name: str, node: str, *, full: bool) -> Command:
         environment, words = {"PYTHON": self.source.python}, probe_words(self.source, full=full)

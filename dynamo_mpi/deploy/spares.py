@@ -2,7 +2,7 @@
 """Spare nodes: made ready in the background while the deployment runs, so that a worker's start there takes no longer than in place.
 
 Each spare gets steps of its own, one after the other: the hardware check, which in a container also unpacks the image there. A spare that
-fails one is left out.
+fails the check is left out. The copy of the model is tried twice; without one the spare is used all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo_mpi.checks.node_probe import read_result
+from dynamo_mpi.deploy.step_commands import COPY_STEP
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Spare:
     Args:
         node: its name.
         state: ``preparing``, ``ready``, ``used`` by a worker, or ``failed``.
-        reason: the worker that uses it, or why it failed.
+        reason: the worker that uses it, why it failed, or why it has no copy of the model.
     """
 
     node: str
@@ -93,15 +94,21 @@ class SparePool:
             step.child.kill()
             result = read_result(step.child.output())
             if reason := _failure(step, code, result):
-                self.fail(node, reason)
-                return
+                if not step.name.startswith(COPY_STEP):
+                    self.fail(node, reason)
+                    return
+                if not self._spares[node].reason:
+                    self._left[node].insert(0, step.command)
+                self._set(node, PREPARING, f"no copy of the model there: {reason}")
+            elif step.name.startswith(COPY_STEP):
+                self._set(node, PREPARING)
             if result is not None:
                 self.domains[node] = result.domain
         if self._left.get(node):
             command = self._left[node].pop(0)
             self._running[node] = start(command, self._environment, self._run_dir.log(command.name))
         else:
-            self._set(node, READY)
+            self._set(node, READY, self._spares[node].reason)
 
     @property
     def spares(self) -> tuple[Spare, ...]:

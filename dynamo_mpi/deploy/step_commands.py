@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # begins the name of each step that `launch` starts; other steps of a job are never ended by what a file or a record says
 STEP_PREFIX = "dynmpi-"
 SERVICES = "services.json"
+# begins the name of the step that copies the model to a spare
+COPY_STEP = "stage-"
 
 
 @dataclass(frozen=True)

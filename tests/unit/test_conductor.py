@@ -62,12 +62,14 @@ class Steps:
     image: str = ""
     probe_script: str = f"echo '{HERE}'; echo '{ProbeResult().line}'"
     prepare_script: str = "true"
+    stage_script: str = ""
 
     def probe(self, node: str) -> Command:
         return self.command(f"probe-{node}", f"NODE={node}; {self.probe_script}")
 
     def prepare(self, node: str) -> Sequence[Command]:
-        return (self.command(f"spare-{node}", f"NODE={node}; {self.prepare_script}"),)
+        scripts = {"spare": self.prepare_script, "stage": self.stage_script}
+        return [self.command(f"{name}-{node}", f"NODE={node}; {script}") for name, script in scripts.items() if script]
 
     def command(self, name: str, script: str) -> Command:
         ready = self.folder / "ready" / f"{name}.json"
@@ -491,6 +493,24 @@ def test_a_spare_that_is_bad_itself_is_passed_over(run: Run, tmp_path: Path) -> 
     assert "warning: the spare node s1 is left out: V10: GPU 3: 2 uncorrected ECC errors" in said
     assert "s2 takes its place" in said
     assert [one["node"] for one in content_of(tmp_path / "run" / "excluded.json")["nodes"]] == ["s1", "n"]
+
+
+@pytest.mark.parametrize(("failures", "reason"), [(1, ""), (2, "no copy of the model there: stage-s1 ended with exit")])
+def test_a_spare_to_which_the_model_is_not_copied_is_kept(run: Run, tmp_path: Path, failures: int, reason: str) -> None:
+    stage = f"echo >> {tmp_path}/copies; [ $(wc -l < {tmp_path}/copies) -gt {failures} ] || {{ echo full; exit 1; }}"
+    described: list[dict[str, Any]] = [{}]
+
+    def look() -> None:
+        while described[-1].get("state") in (None, "preparing"):
+            described.append(content_of(tmp_path / "run" / "deployment.json")["spares"][0])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    code, said = run(READY, look, 3, spares=("s1",), stage_script=stage)
+    assert (code, described[-1]["state"]) == (143, "ready"), said
+    assert described[-1]["reason"].startswith(reason)
+    assert bool(described[-1]["reason"]) == bool(reason)
+    assert (tmp_path / "copies").read_text() == "\n\n"
+    assert not (tmp_path / "run" / "excluded.json").exists()
 
 
 def test_a_spare_is_taken_before_it_is_ready_and_its_preparation_ended(run: Run, tmp_path: Path) -> None:
