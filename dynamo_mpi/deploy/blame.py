@@ -178,11 +178,11 @@ def blame(evidence: Evidence) -> Blame:
 def _first(reports: Sequence[RankReport]) -> RankReport | None:
     """Return the report of the first cause."""
     ordered = sorted(reports, key=lambda report: report.time)
-    # hosts that are cut off from each other write a report each, and each calls the other one lost: rank 0's side knows more, and is not
-    # the rank that can't reach rank 0
     composed = [report for report in ordered if report.is_composed]
     if composed:
-        return next((report for report in composed if report.cause is not DetectedBy.SIGNAL), composed[0])
+        # hosts that are cut off from each other write a report each, and each calls the other one lost: rank 0's side knows more than a rank
+        # that can't reach rank 0. The times don't show it, as each host has its own clock
+        return min(composed, key=lambda each: (each.cause is DetectedBy.SIGNAL, each.cause is _LOST and each.rank == 0))
     own = [report for report in ordered if report.code != ExitCode.TEMPORARY or not is_secondary(report.error)]
     chosen = own or ordered
     if not chosen:

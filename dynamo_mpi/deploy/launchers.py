@@ -166,7 +166,7 @@ class Srun:
         return replace(self, container=None)._on_node(node, f"probe-{node}", words, {})
 
     def prepare(self, node: str) -> tuple[Command, ...]:
-        """What makes a spare node ready: the hardware check, in the container, which brings the image; a copy of the model, where it is staged."""
+        """What makes a spare ready: the hardware check in the container, which brings the image; a copy of the model if that is staged."""
         check = self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {})
         if self.settings.stage_dir is None:
             return (check,)

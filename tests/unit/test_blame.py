@@ -56,6 +56,28 @@ CASES: dict[str, tuple[Evidence, tuple[int, str, tuple[str, ...]]]] = {
         ),
         (1, "n4", ("n4", "n3")),
     ),
+    "… and the clock of the one that is cut off is behind": (
+        Evidence(
+            75,
+            NODES,
+            (
+                report(1, "n4", LOST, "is lost", 1.2, is_composed=True),
+                report(0, "n3", LOST, "is lost", 1.0, is_composed=True),
+            ),
+        ),
+        (1, "n4", ("n4", "n3")),
+    ),
+    "rank 0's host is lost, and another rank was asked to stop": (
+        Evidence(
+            75,
+            NODES,
+            (
+                report(1, "n4", DetectedBy.SIGNAL, "stopped by SIGTERM", 0.9, is_composed=True),
+                report(0, "n3", LOST, "is lost", 1.0, is_composed=True),
+            ),
+        ),
+        (0, "n3", ("n3",)),
+    ),
     "the launcher knows which node is lost": (
         Evidence(75, NODES, (report(0, "n3", LOST, "is lost", is_composed=True),), None, "", ("n4",)),
         (-1, "n4", ("n4",)),
