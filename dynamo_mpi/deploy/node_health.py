@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _SCONTROL_SECONDS = 5.0
+# of the order of spares, which is worth no longer wait
+_TOPOLOGY_SECONDS = 2.0
 CONNECT_SECONDS = 2.0
 # slurm.conf(5): SlurmdPort
 DEFAULT_PORT = 6818
@@ -160,7 +162,7 @@ def nearest(candidates: Sequence[str], groups: Sequence[frozenset[str]]) -> list
 
 def topology_of(node: str, environ: Mapping[str, str] | None = None) -> list[frozenset[str]]:
     """Ask Slurm which nodes are near a node; empty where the cluster has no topology."""
-    return neighbours(_scontrol("show", "topology", node, environ=environ) or "", node)
+    return neighbours(_scontrol("show", "topology", node, environ=environ, seconds=_TOPOLOGY_SECONDS) or "", node)
 
 
 def answering(nodes: Sequence[SlurmNode], seconds: float = CONNECT_SECONDS) -> dict[str, bool | None]:
@@ -199,13 +201,13 @@ def _is_answer(code: int) -> bool | None:
     return True if code in (0, errno.ECONNREFUSED) else False if code in _SILENT else None
 
 
-def _scontrol(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
+def _scontrol(*words: str, environ: Mapping[str, str] | None = None, seconds: float = _SCONTROL_SECONDS) -> str | None:
     try:
         done = subprocess.run(
             ("scontrol", *words),
             capture_output=True,
             text=True,
-            timeout=_SCONTROL_SECONDS,
+            timeout=seconds,
             check=False,
             stdin=subprocess.DEVNULL,
             env=environ,

@@ -107,12 +107,13 @@ class NodeProber:
         """Whether slurmctld doesn't answer, as far as that is known: no step can start anywhere."""
         return self.watch is not None and not self.watch.controller_answers
 
-    def end(self, step: Step) -> None:
-        """End a probe."""
-        if step.child.exit_code() is None:
+    def end(self, steps: Sequence[Step]) -> None:
+        """End probes."""
+        if running := [step for step in steps if step.child.exit_code() is None]:
             with contextlib.suppress(OSError):
-                self._step_controller.cancel([step])
-        step.child.kill()
+                self._step_controller.cancel(running)
+        for step in steps:
+            step.child.kill()
 
 
 class Inquiry:
@@ -143,12 +144,13 @@ class Inquiry:
         lost = {**gone, **self._prober.lost}
         if self._prober.is_waiting:
             self._began = time.monotonic()
+        ended = []
         for node, step in list(self._steps.items()):
             problem = lost.get(node) or self._result(node, step)
             if problem is not None:
-                self._prober.end(step)
-                del self._steps[node]
+                ended.append(self._steps.pop(node))
                 self._problems[node] = problem
+        self._prober.end(ended)
         if self._steps:
             return None
         self._problems |= {node: why for node, why in self._not_begun.items() if self._is_proven(node)}
@@ -170,8 +172,7 @@ class Inquiry:
 
     def close(self) -> None:
         """End the probes."""
-        for step in self._steps.values():
-            self._prober.end(step)
+        self._prober.end(list(self._steps.values()))
         self._steps.clear()
 
     def _is_proven(self, node: str) -> bool:

@@ -144,8 +144,7 @@ class SparePool:
 
     def close(self) -> None:
         """End what still runs."""
-        for node in list(self._running):
-            self._end(node)
+        self._end(*self._running)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return their states as plain data."""
@@ -154,12 +153,14 @@ class SparePool:
     def _set(self, node: str, state: str, reason: str = "") -> None:
         self._spares[node] = replace(self._spares[node], state=state, reason=reason)
 
-    def _end(self, node: str) -> None:
-        self._left.pop(node, None)
-        if (step := self._running.pop(node, None)) is not None:
+    def _end(self, *nodes: str) -> None:
+        for node in nodes:
+            self._left.pop(node, None)
+        if steps := [self._running.pop(node) for node in nodes if node in self._running]:
             with contextlib.suppress(OSError):
-                self._step_controller.cancel([step])
-            step.child.kill()
+                self._step_controller.cancel(steps)
+            for step in steps:
+                step.child.kill()
 
 
 def _failure(step: Step, code: int, result: ProbeResult | None) -> str:

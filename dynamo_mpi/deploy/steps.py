@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _SLURM_SECONDS = 20.0
 # scancel hands a signal to the nodes itself: to those that answer at once, then it waits for the others
 _SIGNAL_SECONDS = 5.0
+# nothing else is looked at meanwhile; without an answer srun is asked to end the step
+_CANCEL_SECONDS = 5.0
 # of a launcher after the end of its ranks; srun waits KillWait + 2 s for a node that doesn't answer, by default 32 s
 REST_SECONDS = 3.0
 
@@ -59,7 +61,7 @@ class StepController(Protocol):
         """Request that steps drain and end."""
 
     def cancel(self, steps: Sequence[Step]) -> None:
-        """End steps now, on all nodes that answer."""
+        """End steps now, on all nodes that answer. It may take some seconds: call it once for several steps."""
 
 
 class StepEnd:
@@ -111,15 +113,17 @@ class SlurmStepController:
         self._scancel(steps, self._cancelled, "--signal=TERM")
 
     def cancel(self, steps: Sequence[Step]) -> None:
-        self._cancelled.update(self._scancel(steps, set()))
+        self._cancelled.update(self._scancel(steps, set(), seconds=_CANCEL_SECONDS))
 
-    def _scancel(self, steps: Sequence[Step], ignored: set[str], *options: str) -> list[str]:
+    def _scancel(
+        self, steps: Sequence[Step], ignored: set[str], *options: str, seconds: float = _SLURM_SECONDS
+    ) -> list[str]:
         """Cancel or signal steps, but those with ignored ids; return their ids."""
         names = {step.command.step for step in steps}
         # Slurm keeps a step that had a lost node until the job ends, and the worker's next step has the same name
-        listed = {number: name for number, name in (self.running() or {}).items() if name in names}
+        listed = {number: name for number, name in (self.running(seconds) or {}).items() if name in names}
         ids = [number for number in listed if number not in ignored]
-        self.cancel_ids(ids, *options)
+        self.cancel_ids(ids, *options, seconds=seconds)
         living = {name for number, name in listed.items() if number not in self._cancelled}
         for step in steps:
             if step.command.step not in living:
@@ -127,15 +131,16 @@ class SlurmStepController:
                 step.child.send(signal.SIGTERM)
         return ids
 
-    def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
+    def cancel_ids(self, ids: Sequence[str], *options: str, seconds: float = _SLURM_SECONDS) -> None:
         """Cancel steps by their ids, or with ``--signal=…`` signal them."""
         if ids:
             is_signal = any(option.startswith("--signal") for option in options)
-            _ask_slurm("scancel", *options, *ids, seconds=_SIGNAL_SECONDS if is_signal else _SLURM_SECONDS)
+            _ask_slurm("scancel", *options, *ids, seconds=_SIGNAL_SECONDS if is_signal else seconds)
 
-    def running(self) -> dict[str, str] | None:
+    def running(self, seconds: float = _SLURM_SECONDS) -> dict[str, str] | None:
         """Return the names of the job's steps by their ids, ``JOB.STEP``; None if Slurm doesn't answer."""
-        text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        words = ("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        text = _ask_slurm(*words, seconds=seconds)
         if text is None:
             return None
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}

@@ -193,8 +193,8 @@ def test_what_follows_a_fault(name: str, launch: Launch) -> None:
     eventually(lambda: not leftovers(deployment, away), "nothing is left on the nodes that are left out", 15)
     off = tuple(node for node in deployment.slurm.nodes if not deployment.slurm.cluster.find_init_pid(node))
     end(deployment, off=off)
-    for node in row.excluded:
-        assert f"--exclude={','.join(row.excluded)}" in deployment.text() or node in deployment.text()
+    if row.excluded:
+        assert f"--exclude={','.join(row.excluded)}" in deployment.text()
 
 
 @pytest.mark.full

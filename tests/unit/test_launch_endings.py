@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.deploy import steps as slurm_steps
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import SlurmStepController, Step, StepEnd, end_of_job, start
@@ -120,6 +122,18 @@ def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step
     SlurmStepController("7").signal([step])
     assert step.child.popen.wait(10) == -signal.SIGTERM
     assert slurm.asked == []
+
+
+def test_a_hung_slurm_keeps_the_launcher_only_for_seconds(
+    slurm: Slurm, step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 600\n")
+    assert slurm_steps._CANCEL_SECONDS <= 5
+    monkeypatch.setattr(slurm_steps, "_CANCEL_SECONDS", 0.3)
+    began = time.monotonic()
+    SlurmStepController("7").cancel([step])
+    assert time.monotonic() < began + 5
+    assert step.child.popen.wait(10) == -signal.SIGTERM
 
 
 def test_slurm_is_asked_when_the_jobs_time_ends(slurm: Slurm) -> None:

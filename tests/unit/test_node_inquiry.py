@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.reports import Beginning
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.step_commands import Command
-from dynamo_mpi.deploy.steps import MpirunStepController
+from dynamo_mpi.deploy.steps import MpirunStepController, Step
 from tests.dynamo.running import eventually
 
 HEALTHY, SILENT = "n1", "n2"
@@ -159,6 +159,23 @@ def test_whose_fault_a_probe_is_that_does_not_start(
         nodes = ("n1", "n2") if case.n2 else ("n1",)
         found = health(prober.begin(nodes, {"PATH": "/usr/bin:/bin"}, case.suspects))
     assert tuple(node for node, problem in found.items() if problem) == case.blamed, found
+
+
+def test_probes_are_ended_by_one_request(prober: NodeProber, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[list[str]] = []
+    cancel = prober._step_controller.cancel
+
+    def count(steps: Sequence[Step]) -> None:
+        requests.append([step.name for step in steps])
+        cancel(steps)
+
+    monkeypatch.setattr(prober._step_controller, "cancel", count)
+    monkeypatch.setattr(prober, "_builder", Probes(n1=WAITS, n3=WELL))
+    inquiry = prober.begin(("n1", "n2", "n3"), {"PATH": "/usr/bin:/bin"})
+    eventually(lambda: inquiry.poll() or "n3" not in inquiry._steps, "one has ended by itself", 5)
+    inquiry.close()
+    assert requests[-1] == ["probe-n1", "probe-n2"]
+    assert requests[:-1] in ([], [["probe-n3"]])  # it may have printed its result, and not ended yet
 
 
 def test_time_without_slurmctld_does_not_count(
