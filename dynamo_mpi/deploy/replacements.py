@@ -108,6 +108,8 @@ class Replacements:
         if worker is None or not self._workers.lives(worker.name):
             return replace(request, state=REFUSED, reason="no worker and no spare of this deployment is there")
         request = replace(request, worker=worker.name)
+        if why := self._workers.why_not_drained(worker.name):
+            return replace(request, state=REFUSED, reason=f"{worker.name} can't drain: {why}")
         if not spares.available and not self._others(worker):
             reason = f"no spare node is left, and no other worker of its role serves while {worker.name} is away"
             return replace(request, state=REFUSED, reason=reason)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.subprocess import LoggedProcess
@@ -59,6 +59,9 @@ class StepController(Protocol):
 
     def signal(self, steps: Sequence[Step]) -> None:
         """Request that steps drain and end."""
+
+    def why_not_drained(self, step: Step) -> str:
+        """Return why `signal` would end a step's requests in flight; empty if it drains."""
 
     def cancel(self, steps: Sequence[Step]) -> None:
         """End steps now, on all nodes that answer. It may take some seconds: call it once for several steps."""
@@ -111,6 +114,9 @@ class SlurmStepController:
 
     def signal(self, steps: Sequence[Step]) -> None:
         self._scancel(steps, self._cancelled, "--signal=TERM")
+
+    def why_not_drained(self, step: Step) -> str:
+        return ""
 
     def cancel(self, steps: Sequence[Step]) -> None:
         self._cancelled.update(self._scancel(steps, set(), seconds=_CANCEL_SECONDS))
@@ -169,6 +175,12 @@ class MpirunStepController:
                 # mpirun then kills its ranks at once: it forwards no signal that makes them drain
                 step.child.send(signal.SIGTERM)
 
+    def why_not_drained(self, step: Step) -> str:
+        host = "" if step.ready_file is None else _read_ready(step.ready_file).get("host", "")
+        if not host or host == os.uname().nodename:  # one that isn't ready yet has nothing in flight
+            return ""
+        return f"its rank 0 runs on {host}, and mpirun forwards no signal that lets it drain"
+
     def cancel(self, steps: Sequence[Step]) -> None:
         for step in steps:
             step.child.send(signal.SIGTERM)
@@ -195,11 +207,20 @@ def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None, seconds: f
 
 def _signal_rank_zero(ready_file: Path) -> bool:
     """Let rank 0 drain, if it runs on this host; return whether it does."""
+    content = _read_ready(ready_file)
     try:
-        content = json.loads(read_own(ready_file))
         pid, host = content["pid"], content["host"]
         start = ProcessStart(content["started"], content.get("process_start"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return False
     is_read = isinstance(pid, int) and isinstance(start.time, float) and host == os.uname().nodename
     return is_read and signal_worker(pid, start, signal.SIGTERM)
+
+
+def _read_ready(ready_file: Path) -> dict[str, Any]:
+    """Return a ready file's content; empty if there is none."""
+    try:
+        content = json.loads(read_own(ready_file))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

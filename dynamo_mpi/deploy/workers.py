@@ -138,6 +138,11 @@ class WorkerSet:
         if (step := self._running.get(worker.name)) is not None:
             self._step_controller.signal([step])
 
+    def why_not_drained(self, name: str) -> str:
+        """Return why a worker can't be asked to drain; empty if it can, or doesn't run."""
+        step = self._running.get(name)
+        return "" if step is None else self._step_controller.why_not_drained(step)
+
     def is_planned(self, name: str) -> bool:
         """Return whether a worker drains because of `plan`."""
         return name in self._planned

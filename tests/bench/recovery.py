@@ -9,7 +9,8 @@
 - staged: the load after a rank was killed, of a model that is staged, beside the first one, from a slow shared file system.
 
 A worker has two ranks on two nodes, the reference engine and a llama of two layers (staged: SmolLM2). The streams of another worker of the
-role are open meanwhile. Needs root on Debian. Prints figures and their bounds; exits with 1 if one is missed.
+role are open meanwhile. Needs root on Debian. Prints figures and their bounds; exits with 1 if one is missed, also
+for want of the part that it needs: node needs kill, peer-node needs node.
 """
 
 from __future__ import annotations
@@ -263,6 +264,8 @@ class Bench:
                 missed += bound(
                     f"node {how}: serving in s, heartbeat timeout + 1.2 warm starts", figures.serving, limit
                 )
+            else:
+                missed.append(f"node {how}: no bound without the warm start of kill")
         return missed
 
     def peer_node(self) -> list[str]:
@@ -307,6 +310,8 @@ class Bench:
                                 missed += bound(
                                     f"node {how}: serving by sbatch --requeue", self.nodes[how] / seconds, 0.2
                                 )
+                            else:
+                                missed.append(f"node {how} by sbatch --requeue: no bound without node")
                 assert time.time() < began + 600, (self.folder / "batch-off" / "log").read_text()
                 time.sleep(0.05)
         return missed
@@ -383,7 +388,7 @@ def main() -> int:
         bench = Bench(folder)
         parts = {"kill": bench.kill, "node": bench.node, "peer-node": bench.peer_node, "staged": bench.staged}
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs before the bench", flush=True)
-        missed = [line for name in arguments.only or names for line in parts[name]()]
+        missed = [line for name in names if name in (arguments.only or names) for line in parts[name]()]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for line in missed:

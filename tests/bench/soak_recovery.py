@@ -91,12 +91,15 @@ class Memory:
                     self.samples[part].append(int(found[1]) / 1024)
 
     def lines(self) -> tuple[list[str], bool]:
-        """Return what was seen, and whether it is flat."""
+        """Return what was seen, and whether it is flat; what wasn't seen isn't."""
         lines, is_flat = [], True
         for part, samples in self.samples.items():
             quarter = len(samples) // 4
             if not quarter:
-                lines.append(f"memory of {part}: too few samples")
+                is_flat = False
+                lines.append(
+                    f"memory of {part}: TOO FEW SAMPLES ({len(samples)}): was it found, and the run long enough?"
+                )
                 continue
             early, late = (statistics.median(s) for s in (samples[quarter : 2 * quarter], samples[-quarter:]))
             fits = late <= early * GROWTH + GROWTH_MIB

@@ -587,6 +587,15 @@ def test_a_node_is_taken_out_by_request_and_its_worker_moves_to_a_spare(run: Run
     assert [(one["node"], one["reason"]) for one in written] == [("n", "taken out by request")]
 
 
+def test_a_worker_that_mpirun_would_kill_is_not_asked_to_drain(run: Run, tmp_path: Path) -> None:
+    far = SERVE.replace("{}", '{"host": "elsewhere", "pid": 1}')
+    more = {"workers": APART, "spares": ("s1",), "decode": far}
+    code, said, seen = replacements(run, tmp_path, "n", "replace n of decode-0: refused", **more)
+    assert (code, seen[-1]["state"], "rank 0 runs on elsewhere" in seen[-1]["reason"]) == (143, "refused", True), said
+    assert said.count("decode-0: 1 rank on n") == 1
+    assert "decode-0: ended" not in said
+
+
 def test_without_a_spare_another_worker_of_the_role_has_to_serve(run: Run, tmp_path: Path) -> None:
     workers = (*APART, replace(DECODE, name="decode-1", nodes=("o",)))
     code, said, seen = replacements(run, tmp_path, "n", "replace n of decode-0: done", workers=workers, decode=DRAINS)
