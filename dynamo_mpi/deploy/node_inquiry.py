@@ -164,7 +164,7 @@ class Inquiry:
         """Ask a node no longer: a worker uses it by now, whose memory the probe would find."""
         self.nodes = tuple(each for each in self.nodes if each != node)
         if (step := self._steps.pop(node, None)) is not None:
-            self._prober.end(step)
+            self._prober.end([step])
 
     def domain_of(self, nodes: Collection[str]) -> str:
         """Return the NVLink domain of some of the nodes; empty if they have none, or it isn't known."""

@@ -265,11 +265,12 @@ def test_services_that_are_ready_where_we_cannot_see_it(run: Run, monkeypatch: p
     assert (code, "on a file system that the nodes and this host share" in said) == (64, True)
 
 
-@pytest.mark.parametrize("code", [70, 75, 137])
-def test_a_worker_that_failed_is_started_again_so_often(run: Run, tmp_path: Path, code: int) -> None:
+# a temporary failure, three times the same, is no reason for a requeue
+@pytest.mark.parametrize(("code", "end"), [(70, 70), (75, 70), (137, 137)])
+def test_a_worker_that_failed_is_started_again_so_often(run: Run, tmp_path: Path, code: int, end: int) -> None:
     count = tmp_path / "count"
     ended, said = run(max_restarts=2, decode=f'echo "$DYN_MPI_ATTEMPT" >> {count}; {SERVE.split(";")[0]}; exit {code}')
-    assert (ended, count.read_text().split()) == (code, ["1", "2", "3"])
+    assert (ended, count.read_text().split()) == (end, ["1", "2", "3"])
     assert f"decode-0: ended with exit code {code}; start 3 of at most 3" in said
     assert "prefill-0: ended" not in said
 
