@@ -335,7 +335,8 @@ def test_a_gpu_decides_whether_its_node_is_used_again(how: str, launch: Launch) 
     streams = deployment.streams()
     worn = gpus(used=40 * GIB) if "memory" in how else gpus(uncorrected=3)
     write_nvml(deployment.slurm, {"n3": gpus(), "n4": worn, "n5": gpus()})
-    deployment.kill("n4", signal.SIGKILL)
+    # after SIGKILL, which no GPU sends, the nodes aren't asked the first time
+    deployment.kill("n4", signal.SIGSEGV)
     if how == "memory comes back":
         log = deployment.run_dir / "logs" / "probe-n4.log"
         eventually(lambda: log.exists() and "node probe: here" in log.read_text(), "the node is asked", 30)
