@@ -56,18 +56,19 @@ submit() {
     fi
     nodes=$((${NUM_PREFILL_NODES:-2} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-2} * ${NUM_DECODE_WORKERS:-1}))
     nodes=$((nodes + 10#${NUM_SPARE_NODES:-0}))
+    # a lost node ends the worker that uses it, not the job; without spare nodes Slurm ends the job, and requeues it
+    if ((10#${NUM_SPARE_NODES:-0} > 0)); then
+        options=(--no-kill "${options[@]}")
+        export DYN_MPI_NO_KILL=1 # for launch, which can't ask Slurm
+    fi
     command=(
         sbatch --nodes="$nodes" --gpus-per-node="${NUM_GPUS_PER_NODE:-4}"
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}
         "${options[@]}" "$root/scripts/sbatch_disaggregated.sh" "${arguments[@]}"
     )
-    # a lost node ends the worker that uses it, not the job; without spare nodes Slurm ends the job, and requeues it
-    if ((10#${NUM_SPARE_NODES:-0} > 0)); then
-        export SBATCH_NO_KILL=1
-    fi
     if [[ -n $dry ]]; then
         printf 'DYN_MPI_CHECKOUT=%q' "$root"
-        printf '%s' "${SBATCH_NO_KILL:+ SBATCH_NO_KILL=1}"
+        printf '%s' "${DYN_MPI_NO_KILL:+ DYN_MPI_NO_KILL=1}"
         printf ' %q' "${command[@]}"
         printf '\n'
         exit 0

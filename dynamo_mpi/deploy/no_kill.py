@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _SCONTROL_SECONDS = 5.0
-_VARIABLES = ("SALLOC_NO_KILL", "SBATCH_NO_KILL")
+_VARIABLES = ("SALLOC_NO_KILL", "SBATCH_NO_KILL", "DYN_MPI_NO_KILL")
 # salloc(1), sbatch(1): -k, --no-kill[=off]
 _OPTION = re.compile(r"(?:^|\s)(?:--no-kill(?:=(?P<value>\w+))?|-k)(?=\s|$)")
 _DIRECTIVE = re.compile(r"^#SBATCH\s+(.*)$", re.MULTILINE)

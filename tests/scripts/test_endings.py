@@ -95,7 +95,7 @@ def test_a_batch_job_outlives_a_node_only_with_spare_nodes(spares: str, is_kept:
     words = [str(SCRIPTS / "sbatch_disaggregated.sh"), "--dry-run"]
     variables = {"PATH": os.environ["PATH"], "NUM_SPARE_NODES": spares}
     done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
-    assert ("SBATCH_NO_KILL=1 sbatch" in done.stdout) == is_kept
+    assert ("DYN_MPI_NO_KILL=1 sbatch" in done.stdout, " --no-kill " in done.stdout) == (is_kept, is_kept)
     assert "#SBATCH --no-kill" not in (SCRIPTS / "sbatch_disaggregated.sh").read_text()
 
 

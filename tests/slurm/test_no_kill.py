@@ -163,15 +163,16 @@ def test_a_requeued_job_leaves_the_excluded_nodes_out(slurm: SlurmSession, tmp_p
     assert "run 1 on n4" in log.read_text(), log.read_text()
 
 
-@pytest.mark.parametrize("option", ["--no-kill", ""])
+@pytest.mark.parametrize("is_kept", [True, False])
 def test_what_becomes_of_a_batch_job_that_loses_the_node_of_its_script(
-    option: str, make_slurm: MakeSlurm, tmp_path: Path
+    is_kept: bool, make_slurm: MakeSlurm, tmp_path: Path
 ) -> None:
     slurm = make_slurm(nodes=3, node_timeout=5, requeue_delay=10)
     try:
         script = tmp_path / "job.sh"
         script.write_text("#!/bin/sh\nsrun --overlap --no-kill sleep 3612\n")
-        words = ("--parsable", "--nodes=2", "--requeue", *filter(None, [option]))
+        # as sbatch_disaggregated.sh does
+        words = ("--parsable", "--nodes=2", "--requeue", *(["--no-kill"] if is_kept else []))
         job = slurm.sbatch(*words, script, cwd=tmp_path).stdout.strip()
 
         def facts() -> dict[str, str]:
@@ -183,7 +184,7 @@ def test_what_becomes_of_a_batch_job_that_loses_the_node_of_its_script(
 
         eventually(lambda: runs("n1") and runs("n2"), f"it runs: {facts()}", 20)
         slurm.kill_node("n1")
-        if option:
+        if is_kept:
             eventually(lambda: facts()["NodeList"] == "n2", "the job goes on without the node", 60)
             assert (facts()["JobState"], facts()["Restarts"], facts()["BatchHost"]) == ("RUNNING", "0", "n1"), facts()
             assert runs("n2")
