@@ -55,6 +55,11 @@ VARIABLES = (
         "the checkout, since Slurm runs a copy of the script; by default where it was submitted from",
     ),
     Variable(
+        ("DYN_MPI_NO_KILL",),
+        "`sbatch_disaggregated.sh`",
+        "set by the script that submits itself with spare nodes: the job has `--no-kill`",
+    ),
+    Variable(
         ("DYN_MPI_MAX_REQUEUES",),
         "user → `sbatch_disaggregated.sh`",
         "how often the job goes back into the queue after 75: 10 by default",
