@@ -21,7 +21,6 @@ from enum import Enum
 
 from dynamo_mpi.common.errors import LaunchError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
-from dynamo_mpi.layout.format import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -295,6 +294,8 @@ def check_world_size(launch: LaunchInfo, library: MpiLibrary, world_size: int) -
         LaunchError: they differ, so MPI did not understand its launcher.
     """
     if launch.size and launch.size != world_size:
+        from dynamo_mpi.layout.format import counted
+
         variable = {
             Launcher.OPEN_MPI: "OMPI_COMM_WORLD_SIZE",
             Launcher.HYDRA: "PMI_SIZE",

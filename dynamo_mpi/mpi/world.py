@@ -14,7 +14,6 @@ import time
 
 from dynamo_mpi.common.errors import LaunchError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.common.process import home_variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +130,10 @@ def init_mpi(*, alone: bool = False, size: int = 0, local_size: int | None = Non
     if local_size is not None and local_size == size and _has_shared_memory(size):
         # Open MPI listens at all addresses for TCP, whatever its parameters, and no rank of this world needs it
         os.environ.setdefault("OMPI_MCA_btl", "^tcp" if size > 1 else "self")
-    os.environ.update(home_variable(os.environ))
+    if not os.environ.get("HOME"):
+        from dynamo_mpi.common.process import home_variable
+
+        os.environ.update(home_variable(os.environ))
     if alone:
         # without a launcher, Open MPI's shared memory for local ranks would remain: 16 MiB of /dev/shm per start
         os.environ.setdefault("OMPI_MCA_btl", "self")

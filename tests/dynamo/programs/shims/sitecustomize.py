@@ -3,7 +3,7 @@
 
 SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in MPI_Barrier.
 SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
-SHIM_FINALIZER=N: rank N hangs in C when its interpreter ends, so that the others wait for it in MPI_Finalize.
+SHIM_FINALIZER=N: rank N hangs in C before its own MPI_Finalize, so that the others wait for it in MPI_Finalize.
 SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
 SHIM_TELLTALE=N: rank N can't build its engine, and fails with all of SHIM_SECRETS.
 SHIM_STARTER=N: when it has loaded, rank N starts processes in sessions of their own that outlive it, one anew and one only forked, and
@@ -12,7 +12,6 @@ writes their pids into the file SHIM_STARTED.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib.abc
 import importlib.machinery
@@ -102,6 +101,10 @@ def change(module: ModuleType) -> None:
         module.ReferenceEngine.__init__ = tell_tales
     if os.environ.get("SHIM_LEAVER") == RANK:
         module.ReferenceEngine.follow = hang_after(module.ReferenceEngine.follow)
+    if os.environ.get("SHIM_FINALIZER") == RANK:
+        from dynamo_mpi.runtime import main
+
+        setattr(main, "finalize_mpi", hang_in_c)  # noqa: B010 - it is not among what the module exports
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -124,6 +127,4 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 if RANK is not None:
-    if os.environ.get("SHIM_FINALIZER") == RANK:
-        atexit.register(hang_in_c)
     sys.meta_path.insert(0, Finder())
