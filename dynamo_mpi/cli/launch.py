@@ -217,7 +217,11 @@ def _nodes(settings: LaunchSettings, dry_run: bool, named: str | None) -> Nodes:
             )
         return of_hostfile(settings.hostfile, os.uname().nodename)
     wanted = nodes_wanted(settings)
-    nodes = of_dry_run(os.environ, wanted) if dry_run else allocated(os.environ, wanted, settings.gpus_per_node)
+    nodes = (
+        of_dry_run(os.environ, wanted)
+        if dry_run
+        else allocated(os.environ, wanted, settings.gpus_per_node, no_kill=settings.no_kill)
+    )
     return nodes if named is None else choose(nodes, os.environ, named)
 
 

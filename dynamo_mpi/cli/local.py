@@ -22,6 +22,7 @@ from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
+from dynamo_mpi.config.sources import to_seconds
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.run_folder import StopRequested
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
@@ -273,9 +274,9 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        value = to_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0 seconds")
     return value

@@ -19,7 +19,7 @@ from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
-from dynamo_mpi.ops.deployment import RUN_DIR, NoRunDirError, find_run_dir, read_launch
+from dynamo_mpi.ops.deployment import RUN_DIR, Deployment, LauncherKilledError, NoRunDirError, find_run_dir, read_launch
 from dynamo_mpi.ops.replace import is_requested, replace_node, require_replaceable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: no deployment runs, it doesn't use the node, or nothing can take its place.
         AuthorizationError: its folder is another user's.
-        RetryableError: the deployment ended meanwhile.
+        RetryableError: the launcher was killed, or the deployment ended meanwhile.
         PhaseTimeoutError: the node is still in use after the time limit.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
                     expected="the run folder of a running launch",
                     fix="--run-dir DIR",
                 )
+            if Deployment(run_dir, None, launch=launch).launcher_is_dead:
+                raise LauncherKilledError(run_dir)
             if not is_requested(folder, arguments.node):
                 require_replaceable(arguments.node, launch)
             outcome = replace_node(folder, run_dir, arguments.node, values["timeout"], _say)

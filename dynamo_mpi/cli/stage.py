@@ -63,6 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
     values["stage"] = folder_to_use(str(values["stage"]), os.environ)
+    if arguments.model is not None and arguments.unstage:
+        raise UsageError(
+            f"MODEL and --unstage are given, {sanitize(arguments.model)} and {sanitize(' '.join(arguments.unstage))}",
+            expected="a model to copy, or copies to remove",
+            fix="two commands: dynamo-mpi stage --unstage NAME, then dynamo-mpi stage MODEL",
+        )
     if arguments.model is not None:
         return _copy(_Copying(arguments.model, arguments.nodes, arguments.dry_run, values))
     if arguments.nodes is not None or arguments.dry_run:

@@ -20,7 +20,15 @@ from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS
-from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, NoRunDirError, add_output, find_deployment
+from dynamo_mpi.ops.deployment import (
+    MODEL,
+    NAMESPACE,
+    RUN_DIR,
+    LauncherKilledError,
+    NoRunDirError,
+    add_output,
+    find_deployment,
+)
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
 from dynamo_mpi.ops.status_output import describe
 
@@ -106,7 +114,7 @@ def _watch(values: dict[str, Any], output: str) -> int:
     def look() -> str:
         try:
             return _shown(_read(values, WATCH_ETCD_SECONDS), output)
-        except (DiscoveryError, AuthorizationError, NoRunDirError) as error:
+        except (DiscoveryError, AuthorizationError, LauncherKilledError, NoRunDirError) as error:
             return _shown_error(error, output)  # it may be there later
 
     try:

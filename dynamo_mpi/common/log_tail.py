@@ -42,9 +42,14 @@ def last_text(log: Path, since: int = 0, most_bytes: int = MOST_TAIL_BYTES) -> s
         with open(open_own(log, os.O_RDONLY), "rb") as file:
             file.seek(0, 2)
             file.seek(max(since, file.tell() - most_bytes))
-            return file.read().decode(errors="replace")
+            return _decoded(file.read())
     except FileNotFoundError:
         return ""
+
+
+def _decoded(content: bytes) -> str:
+    # mpirun ends some of its texts with the NUL of a C string
+    return content.replace(b"\0", b"").decode(errors="replace")
 
 
 class Follower:
@@ -95,7 +100,7 @@ class Follower:
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
             place = log.relative_to(self._folder).with_suffix("")
-            lines = new[:end].decode(errors="replace").splitlines()
+            lines = _decoded(new[:end]).splitlines()
             with contextlib.suppress(OSError):  # the stream's reader is gone
                 self._stream.writelines(
                     without_controls(f"[{place}] {line}\n") for line in lines if self._is_wanted(line)

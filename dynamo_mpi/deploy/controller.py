@@ -280,7 +280,7 @@ class DeploymentController:
         ender.end(rest, 0.0 if self._failures.lost_head else SERVICES_STOP_SECONDS, is_last=True)
         if self._first.services is not None and self._first.services.child.exit_code():
             self._step_controller.cancel([self._first.services])
-        if line := describe_excluded(self._failures.excluded):
+        if line := describe_excluded(self._failures.excluded, self._settings.hostfile):
             self._say(line)
 
     def _say(self, text: str) -> None:

@@ -84,9 +84,16 @@ def exclude(node: str, reason: str, worker: str = "") -> ExcludedNode:
     return ExcludedNode(node, reason, time.time(), worker)
 
 
-def describe_excluded(nodes: Sequence[ExcludedNode]) -> str:
-    """Return a line about nodes that were left out, with the option that keeps them out of a next job; empty if there are none."""
+def describe_excluded(nodes: Sequence[ExcludedNode], hostfile: Path | None = None) -> str:
+    """Return a line about nodes that were left out, with what keeps them out of a next job; empty if there are none."""
     if not nodes:
         return ""
     listed = "; ".join(f"{each.node} ({each.reason})" for each in nodes)
-    return f"left out: {listed}; for a next job: --exclude={','.join(each.node for each in nodes)}"
+    return f"left out: {listed}; {for_next_job([each.node for each in nodes], hostfile)}"
+
+
+def for_next_job(nodes: Sequence[str], hostfile: object = None) -> str:
+    """Return what keeps nodes out of a next job: Slurm's option, or with mpirun an edit of the hostfile."""
+    if hostfile is not None:
+        return f"for a next launch: take {', '.join(nodes)} out of {hostfile}"
+    return f"for a next job: --exclude={','.join(nodes)}"

@@ -50,13 +50,14 @@ class Nodes:
         return replace(self, head=free[0]) if self.head in excluded and free else self
 
 
-def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> Nodes:
+def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int, *, no_kill: bool = False) -> Nodes:
     """Return the nodes of the Slurm allocation in which this process runs.
 
     Args:
         environ: the environment of a batch script, of ``salloc``'s shell, or of a shell of one of its steps.
         wanted: number of nodes that the deployment needs, for the error's fix.
         gpus_per_node: GPUs of each node, for the same.
+        no_kill: whether the job must outlive a lost node, for the same.
 
     Raises:
         UsageError: there is no allocation, or Slurm does not list its nodes.
@@ -66,6 +67,7 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
         more = "".join(
             f" --{name}={environ[name.upper()]}" for name in ("partition", "account") if environ.get(name.upper())
         )
+        more += " --no-kill" if no_kill else ""
         raise UsageError(
             "this is no Slurm allocation: SLURM_JOB_ID isn't set",
             expected=f"a shell or a batch script with {counted(wanted, 'node')}",
@@ -263,7 +265,11 @@ def assign(settings: LaunchSettings, nodes: Nodes, excluded: Collection[str] = (
             listed += f", {counted(settings.spare_nodes, 'spare node')}"
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
         where = "the list of nodes" if nodes.job_id == STAND_IN_JOB else where
-        where, more = ("--nodes", "more nodes in --nodes") if nodes.chosen else (where, "a larger allocation")
+        where, more = (
+            ("--nodes", "more nodes in --nodes")
+            if nodes.chosen
+            else (where, "a larger allocation" if nodes.job_id else "more hosts in the file")
+        )
         without = f", without the excluded {', '.join(excluded)}" if len(names) < len(nodes.names) else ""
         raise UsageError(
             f"{listed}: that takes {counted(wanted, 'node')}, and {where} has {len(names)} ({', '.join(names)}){without}",

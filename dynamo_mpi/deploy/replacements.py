@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WAITING, DRAINING, STARTING, DONE, REFUSED = "waiting", "draining", "starting", "done", "refused"
 REASON = "taken out by request"
+HEAD_NODE = "it is the head node: etcd, NATS and the frontend run there"
 # of the history
 _MOST = 50
 
@@ -103,7 +104,7 @@ class Replacements:
             spares.fail(node, REASON)
             return replace(request, state=DONE, reason="it was a spare")
         if node == self._failures.head:
-            return replace(request, state=REFUSED, reason="it is the head node: etcd, NATS and the frontend run there")
+            return replace(request, state=REFUSED, reason=HEAD_NODE)
         worker = next((each for each in self._failures.workers if node in each.nodes), None)
         if worker is None or not self._workers.lives(worker.name):
             return replace(request, state=REFUSED, reason="no worker and no spare of this deployment is there")

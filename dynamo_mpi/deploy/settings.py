@@ -33,7 +33,10 @@ def to_words(text: str) -> tuple[str, ...]:
 
 def to_zero_or_count(text: str) -> int:
     """Read a number; 0 is allowed."""
-    return 0 if text.strip() == "0" else to_count(text)
+    try:
+        return 0 if text.strip() == "0" else to_count(text)
+    except ValueError as error:
+        raise ValueError(f"0, or {error}") from None
 
 
 def _of_role(role: str) -> tuple[Option, ...]:
@@ -290,6 +293,12 @@ def read_settings(
         values["max_restarts"] = RESTARTS_WITH_SPARES if values["spare_nodes"] else 0
     if values["model"] is None:
         raise UsageError("no model was given", expected="a model", fix="--model DIR, or MODEL_PATH=DIR")
+    if values["launcher"] == "slurm" and values["hostfile"] is not None:
+        raise UsageError(
+            f"a hostfile is given, {values['hostfile']}, and the launcher is slurm, which takes the allocation's nodes",
+            expected="one of both",
+            fix="for Slurm, leave out --hostfile and unset HOSTFILE, --nodes selects nodes; for mpirun, --launcher mpirun",
+        )
     settings = LaunchSettings(**values, worker_args=worker_args)
     for role in settings.worker_roles:
         if settings.of(role)[0] is None:

@@ -169,5 +169,8 @@ def _failure(step: Step, code: int, result: ProbeResult | None) -> str:
         return result.problems[0]
     if not code:
         return ""
-    words = [line for line in step.child.output().splitlines() if line.strip()]
-    return f"{step.name} ended with exit code {code}" + (f": {words[-1].strip()[:200]}" if words else "")
+    lines = [line.strip() for line in step.child.output().splitlines() if line.strip()]
+    texts = [line for line in lines if any(map(str.isalnum, line))]
+    # mpirun frames its explanation by rules, after the cause; other programs end with the cause
+    shown = texts[0 if len(texts) < len(lines) else -1][:200] if texts else ""
+    return f"{step.name} ended with exit code {code}" + (f": {shown}" if shown else "")

@@ -340,4 +340,6 @@ def _failed(name: str, action: Stop, ending: _Ending) -> StepFailed:
     found, needed, fix = ending.report or (f"{name} ended with exit code {ending.code}", "", "")
     if action.reason:
         found = f"{found}; {action.reason}"
+    needed = needed or "a worker that starts and serves"
+    fix = fix or f"correct the cause in the log, {ending.step.child.log}, and start it again"
     return StepFailed(found, status=action.code, log=ending.step.last_words(), expected=needed, fix=fix)

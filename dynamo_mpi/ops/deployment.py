@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.credentials import SERVICES_FILE, clients_of, split_clients
-from dynamo_mpi.common.display import sanitize
-from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.errors import DynamoMpiError, RetryableError, UsageError
 from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, run_dir_option, to_name, to_text
@@ -53,6 +53,17 @@ class NoRunDirError(UsageError):
             else f"there is no folder {run_dir}",
             expected="the run folder of a deployment",
             fix="--run-dir DIR of one, or start it",
+        )
+
+
+class LauncherKilledError(RetryableError):
+    """The launcher of a deployment was killed, so its files are there and nothing follows requests."""
+
+    def __init__(self, run_dir: Path | None) -> None:
+        super().__init__(
+            f"the launcher of the deployment in {run_dir} was killed",
+            expected="a deployment with a running launcher",
+            fix=f"dynamo-mpi down --run-dir {shell_word(run_dir or '')}, and start it again",
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import PhaseTimeoutError, RetryableError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
-from dynamo_mpi.deploy.replacements import DONE, DRAINING, REFUSED, STARTING, WAITING, Replacement
+from dynamo_mpi.deploy.replacements import DONE, DRAINING, HEAD_NODE, REFUSED, STARTING, WAITING, Replacement
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, REPLACE, read_object
 
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
             answer = answers[-1]
             if answer.state == DONE:
                 return Outcome(answer, time.monotonic() - began)
+            if answer.state == REFUSED and answer.reason == HEAD_NODE:
+                raise UsageError(
+                    f"launch doesn't take {node} out: {answer.reason}",
+                    expected="another node than the head node, which can't be replaced while the deployment runs",
+                    fix="a new launch moves the services: dynamo-mpi down, then launch in an allocation without the node",
+                )
             if answer.state == REFUSED:
                 raise UsageError(
                     f"launch doesn't take {node} out: {answer.reason}",

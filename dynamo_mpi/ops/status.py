@@ -21,7 +21,7 @@ from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.model_cards import UnlikeModel, cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.layout import ROLES
-from dynamo_mpi.ops.deployment import NoRunDirError
+from dynamo_mpi.ops.deployment import LauncherKilledError, NoRunDirError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -200,6 +200,8 @@ def _without_services(deployment: Deployment) -> DynamoMpiError:
             expected="a deployment, with its services.json",
             fix="start it, or --run-dir DIR of another",
         )
+    if deployment.launcher_is_dead:
+        return LauncherKilledError(deployment.run_dir)
     return DiscoveryError(
         f"the services of the deployment in {deployment.run_dir} aren't up yet",
         expected="its etcd",

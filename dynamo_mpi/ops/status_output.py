@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.deploy.excluded import for_next_job
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
     GIVEN_UP,
@@ -121,8 +122,8 @@ def _nodes(status: DeploymentStatus) -> list[str]:
         lines.append(f"spare nodes: {', '.join(states)}")
     if launch.excluded:
         reasons = (f"{e.node} ({e.reason})" for e in launch.excluded)
-        names = ",".join(e.node for e in launch.excluded)
-        lines.append(f"left out: {'; '.join(reasons)}; for a next job: --exclude={names}")
+        hostfile = None if launch.job_id else "the hostfile"
+        lines.append(f"left out: {'; '.join(reasons)}; {for_next_job([e.node for e in launch.excluded], hostfile)}")
     lines += [
         f"warning: {d.node} is drained: {d.reason}; dynamo-mpi replace {d.node} moves its worker"
         for d in launch.drained

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import (
     AuthorizationError,
     DiscoveryError,
@@ -23,7 +23,7 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.ops.deployment import Deployment, NoRunDirError, find_deployment
+from dynamo_mpi.ops.deployment import Deployment, LauncherKilledError, NoRunDirError, find_deployment
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
     MissingItem,
@@ -192,7 +192,7 @@ class ReadinessWaiter:
             )
         if end is not None:
             is_ours = end.time >= self._began_at
-            if is_ours or time.monotonic() > self._began + STALE_SECONDS:
+            if is_ours or time.monotonic() >= min(self._began + STALE_SECONDS, self._end):
                 ago = format_seconds(time.time() - end.time)
                 found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
                 # a deployment that ended in order, with 0, isn't ready either
@@ -200,11 +200,7 @@ class ReadinessWaiter:
                 raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
         # checked twice: it may have ended between the check of its file and that of its process
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
-            raise RetryableError(
-                f"the launcher of the deployment in {deployment.run_dir} was killed",
-                expected="a deployment with a running launcher",
-                fix=f"dynamo-mpi down --run-dir {shell_word(deployment.run_dir)}, and start it again",
-            )
+            raise LauncherKilledError(deployment.run_dir)
 
     def _new(self, status: DeploymentStatus) -> list[StoredFailure]:
         """Return the failures since the wait began."""

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.model_zoo import ZOO
 
-from .dry_runs import CASES, GOLDEN, LLAMA, ROOT, STANDINS, Case, dry_run
+from .dry_runs import CASES, GOLDEN, HERE, LLAMA, ROOT, STANDINS, Case, dry_run
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -63,6 +63,15 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         ((), {"MODEL_PATH": ""}, "no model was given"),
         ((), {"SLURM_JOB_ID": ""}, "salloc --nodes=4 --exclusive --gpus-per-node=4 --partition=big"),
         (("--prefill-nodes", "2"), {"SLURM_JOB_NODELIST": "x[1-4]"}, "the nodes of job 1234 are unknown"),
+        (
+            ("--spare-nodes", "1"),
+            {"SLURM_JOB_ID": ""},
+            "salloc --nodes=5 --exclusive --gpus-per-node=4 --partition=big --no-kill,",
+        ),
+        (("--spare-nodes=-1",), {}, "0, or a positive whole number"),
+        (("--launcher", "slurm", "--hostfile", "/h"), {}, "a hostfile is given, /h, and the launcher is slurm"),
+        (("--launcher", "slurm"), {"HOSTFILE": "/h"}, "unset HOSTFILE"),
+        (("--hostfile", str(HERE / "hostfile")), {}, "fix:      more hosts in the file"),
         (("--hostfile", "/nowhere"), {}, "the hostfile /nowhere can't be read"),
         (("--launcher", "mpirun"), {}, "mpirun needs to know the hosts"),
         (("--hostfile", "x"), {"IMAGE": "y"}, "a container image was given for mpirun"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -544,6 +545,12 @@ def test_three_ends_for_the_same_cause_end_it(run: Run) -> None:
     code, said = run(max_restarts=9, spares=("s1", "s2"), decode="echo; exit 70")
     assert (code, "decode-0 ended 3 times with the same cause" in said) == (70, True), said
     assert "start 4" not in said
+
+
+def test_the_last_of_several_ends_has_a_fix_where_the_ranks_have_reported(run: Run) -> None:
+    code, said = run(max_restarts=9, decode="echo 'dynamo_mpi: rank 0 on n: error: broken'; exit 70")
+    assert (code, "decode-0 ended 3 times with the same cause" in said) == (70, True), said
+    assert re.search(r"expected: a worker that .*\n +fix: +correct the cause in the log, .*/decode-0\.log", said), said
 
 
 DRAINS = f"{READY_AND}; trap 'rm $READY; echo exit: done; kill $!; exit 0' TERM; sleep 60 & wait"

@@ -105,3 +105,11 @@ def test_the_curl_line_is_one_shell_command(model: str) -> None:
     words = shlex.split(curl_line("http://127.0.0.1:8000", model))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[words.index("-d") + 1])["model"] == model
+
+
+@pytest.mark.parametrize("value", ["1e99", "100000001", "0", "-1", "nan", "inf", "x"])
+def test_a_time_limit_that_is_none_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local", f"--timeout={value}"]) == 64
+    said = capsys.readouterr().err
+    assert f"'{value}' is not " in said
+    assert "seconds" in said

@@ -167,6 +167,16 @@ def test_follower_leaves_out_what_an_earlier_run_has_written(tmp_path: Path) -> 
     assert stream.getvalue() == "[a] now\n"
 
 
+def test_the_nul_of_mpiruns_texts_is_left_out(tmp_path: Path) -> None:
+    log, stream = tmp_path / "a.log", io.StringIO()
+    follower = Follower(tmp_path, "*.log", stream)
+    log.write_bytes(b"one\n\0dynamo_mpi: two\n")
+    follower.start()
+    follower.close()
+    assert stream.getvalue() == "[a] one\n[a] dynamo_mpi: two\n"
+    assert last_lines(log, 1) == ["dynamo_mpi: two"]
+
+
 def test_follower_ends_when_its_reader_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed: list[object] = []
     monkeypatch.setattr(threading, "excepthook", failed.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.deploy.replacements import HEAD_NODE
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops import replace
 from tests.dynamo.running import eventually
@@ -192,3 +194,22 @@ def test_the_request_is_one_file_in_the_run_folder(launch: Launch, run: Run) -> 
     assert run("n3", "--timeout", "0.2")[0] == ExitCode.DEADLINE
     assert launch.run_dir.take_replace_requests() == ["n3"]
     assert json.loads((launch.path / "deployment.json").read_text())["spares"] == SPARE
+
+
+def test_a_launcher_that_was_killed_takes_no_request(launch: Launch, run: Run) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    launch.describe(pid=gone.pid)
+    os.close(launch.run_dir._lock)
+    code, _, said = run("n1")
+    launch.run_dir._lock = os.open(os.devnull, os.O_RDONLY)  # for the fixture's end
+    assert (code, f"the launcher of the deployment in {launch.path} was killed" in said) == (75, True), said
+    assert f"dynamo-mpi down --run-dir {launch.path}" in said
+
+
+def test_the_head_node_is_refused_with_what_moves_the_services(launch: Launch, run: Run) -> None:
+    launch.describe(spares=SPARE)
+    answering = launch.answers({"node": "n1", "state": "refused", "reason": HEAD_NODE})
+    code, _, said = run("n1")
+    answering.join()
+    assert (code, "a new launch moves the services" in said, "--spare-nodes" in said) == (64, True, False), said

@@ -27,6 +27,9 @@ from dynamo_mpi.deploy.node_watch import CALM_SECONDS, LOOK_SECONDS, SILENT_SECO
 from dynamo_mpi.deploy.nodes import Nodes, Worker, assign
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.settings import RESTARTS_WITH_SPARES, LaunchSettings, read_settings
+from dynamo_mpi.deploy.spares import _failure
+from dynamo_mpi.deploy.step_commands import Command
+from dynamo_mpi.deploy.steps import start
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.servers import closed_port
@@ -312,6 +315,7 @@ def test_excluded_nodes_stay_for_their_job_alone(tmp_path: Path, monkeypatch: py
     left = excluded_before(path, "12")
     assert [(each.node, each.worker) for each in left] == [("n3", "decode-0"), ("n9", "")]
     assert describe_excluded(left) == "left out: n3 (it doesn't answer); n9 (V10); for a next job: --exclude=n3,n9"
+    assert describe_excluded(left, tmp_path / "hosts").endswith(f"take n3, n9 out of {tmp_path / 'hosts'}")
     assert describe_excluded(()) == ""
     assert excluded_before(path, "13") == ()
     RunDir(path).close()
@@ -365,3 +369,18 @@ def test_a_watch_hurries_for_a_while_where_a_node_is_newly_ill(states: str, monk
     assert watch._period() == CALM_SECONDS
     watch._silent_since = {"n2": 0.0}
     assert watch._period() == LOOK_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        ("", ""),
+        ("Traceback\nOSError: no disk\n", ": OSError: no disk"),
+        ("ssh: n9: no route\n-----\nPRTE has lost a daemon\n-----\n", ": ssh: n9: no route"),
+    ],
+)
+def test_the_telling_line_of_a_spares_failure(output: str, shown: str, tmp_path: Path) -> None:
+    command = Command("spare-n9", "spare", (("sh", "-c", f"printf -- '{output}'; exit 255"),))
+    step = start(command, os.environ, tmp_path / "log")
+    eventually(lambda: step.child.exit_code() is not None, "its end", 10)
+    assert _failure(step, 255, None) == f"spare-n9 ended with exit code 255{shown}"

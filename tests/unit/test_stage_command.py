@@ -123,3 +123,14 @@ def test_doctor_shows_what_is_staged(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "lustre")
     (shared,) = check(**variable)
     assert "is on a shared file system (lustre)" in shared.found
+
+
+def test_a_model_and_copies_to_remove_are_two_commands(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, lock = stage(folder, "a")
+    os.close(lock)
+    # it would start the copy in this process's place
+    assert main(["stage", str(tmp_path / "a"), "--stage", str(folder), "--dry-run", "--unstage", "all"]) == 64
+    assert "two commands: dynamo-mpi stage --unstage NAME, then" in capsys.readouterr().err
+    assert [entry.name for entry in Store(str(folder)).entries()] == [name]

@@ -341,9 +341,12 @@ def test_spares_nodes_left_out_and_a_worker_that_was_given_up(board: Board, run:
     board.worker("decode", phase="serve", launch="d-decode-0")
     _, out, _ = run("--run-dir", str(run_dir.path))
     assert "spare nodes: n8 used (decode-0), n9 ready\n" in out
-    assert "left out: n4 (it doesn't answer); for a next job: --exclude=n4\n" in out
+    assert "left out: n4 (it doesn't answer); for a next launch: take n4 out of the hostfile\n" in out
     assert "warning: n3 is drained: Slurm says drain; dynamo-mpi replace n3 moves its worker\n" in out
     assert "warning: decode-1 is given up: no spare node is left\n" in out
+    run_dir.describe({**json.loads((run_dir.path / "deployment.json").read_text()), "job_id": "7"})
+    _, out, _ = run("--run-dir", str(run_dir.path))
+    assert "left out: n4 (it doesn't answer); for a next job: --exclude=n4\n" in out
     assert any(line.split()[:5] == ["-", "decode-1", "-", "n4", "given"] for line in out.splitlines())
     found = as_json(run, "--run-dir", str(run_dir.path))
     # what is left serves, but it isn't what was asked for
@@ -387,6 +390,9 @@ def test_a_launcher_that_was_killed(board: Board, run: Run, tmp_path: Path) -> N
     os.close(run_dir._lock)
     assert "its launcher was killed" in run("--run-dir", str(run_dir.path))[1]
     assert as_json(run, "--run-dir", str(run_dir.path))["ok"] is False
+    (run_dir.path / "services.json").unlink()
+    code, _, err = run("--run-dir", str(run_dir.path))
+    assert (code, f"the launcher of the deployment in {run_dir.path} was killed" in err) == (75, True), err
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,16 @@ def test_an_end_of_the_deployment_is_the_end_of_the_wait(
     assert f"the deployment in {run_dir.path} has ended, 0 s ago: decode-0 ended" in err
 
 
+def test_a_deployment_that_ended_before_is_the_end_of_a_wait_without_a_new_launch(
+    board: Board, run: Run, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run")
+    run_dir.write_end(78, "decode-0 ended")
+    run_dir.close()
+    code, _, err = run("--run-dir", str(run_dir.path), "--timeout", "0.1")
+    assert (code, "has ended, " in err, "decode-0 ended" in err) == (78, True, True), err
+
+
 def test_a_launch_that_is_refused_is_the_end_of_the_wait(
     board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
