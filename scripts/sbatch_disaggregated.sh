@@ -18,9 +18,11 @@ usage() {
     cat <<'END'
 usage: sbatch_disaggregated.sh [--dry-run] [OPTIONS OF sbatch] [-- FLAGS OF srun_disaggregated.sh]
 
+The numbers of nodes, workers, spare nodes and GPUs, in flags or variables, are what sbatch is asked for.
+
   IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/sbatch_disaggregated.sh --time=04:00:00
 
-Environment: that of srun_disaggregated.sh (--help), its NUM_SPARE_NODES are asked for too, and
+Environment: that of srun_disaggregated.sh (--help), and
   PARTITION, ACCOUNT      of the job (Slurm's defaults)
   DYN_MPI_MAX_REQUEUES    how often it goes back into the queue after 75 (10)
 END
@@ -29,8 +31,35 @@ END
 # Slurm runs a copy of this file from its spool folder: there the checkout is where it was submitted from, unless we said where.
 root=${DYN_MPI_CHECKOUT:-${SLURM_SUBMIT_DIR:-.}}
 
+# Prints a number as launch will read it: its flag among `arguments`, over its variables in their order, over the default.
+number_of() {
+    local flag=$1 least=$2 value=$3 origin=default name names word previous="" expected="a positive whole number"
+    for name in "${@:4}"; do
+        if [[ -n ${!name:-} ]]; then
+            value=${!name} origin="environment $name"
+            break
+        fi
+    done
+    for word in ${arguments[@]+"${arguments[@]}"}; do
+        # what follows is the workers'
+        [[ $word != -- ]] || break
+        # launch takes an unambiguous beginning of a flag, too
+        [[ $previous != --?* || $flag != "$previous"* ]] || value=$word origin="flag $previous"
+        [[ $word != --?*=* || $flag != "${word%%=*}"* ]] || value=${word#*=} origin="flag ${word%%=*}"
+        previous=$word
+    done
+    # five digits are more than any cluster has, and don't overflow
+    if [[ ! $value =~ ^0*[0-9]{1,5}$ ]] || ((10#$value < least)); then
+        names=${*:4}
+        ((least > 0)) || expected="0, or $expected"
+        printf '%s\n' "$origin is '$value'" "  expected: $expected, of at most 5 digits" "  fix:      correct $flag or ${names// / or }" >&2
+        exit 64
+    fi
+    printf '%s' "$((10#$value))"
+}
+
 submit() {
-    local options=() arguments=() dry="" name nodes command
+    local options=() arguments=() dry="" gpus spares nodes role each workers command
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
     while (($#)); do
         case $1 in
@@ -44,25 +73,21 @@ submit() {
         esac
         shift
     done
-    for name in NUM_PREFILL_NODES NUM_PREFILL_WORKERS NUM_DECODE_NODES NUM_DECODE_WORKERS NUM_GPUS_PER_NODE; do
-        if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
-            printf '%s\n' "environment $name is '${!name}'" "  expected: a positive whole number" >&2
-            exit 64
-        fi
+    gpus=$(number_of --gpus-per-node 1 4 NUM_GPUS_PER_NODE)
+    spares=$(number_of --spare-nodes 0 0 DYN_MPI_SPARE_NODES NUM_SPARE_NODES)
+    nodes=$spares
+    for role in prefill decode; do
+        each=$(number_of "--$role-nodes" 1 2 "NUM_${role^^}_NODES")
+        workers=$(number_of "--$role-workers" 1 1 "NUM_${role^^}_WORKERS")
+        nodes=$((nodes + each * workers))
     done
-    if [[ ! ${NUM_SPARE_NODES:-0} =~ ^[0-9]+$ ]]; then
-        printf '%s\n' "environment NUM_SPARE_NODES is '$NUM_SPARE_NODES'" "  expected: a whole number, 0 or more" >&2
-        exit 64
-    fi
-    nodes=$((${NUM_PREFILL_NODES:-2} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-2} * ${NUM_DECODE_WORKERS:-1}))
-    nodes=$((nodes + 10#${NUM_SPARE_NODES:-0}))
     # a lost node ends the worker that uses it, not the job; without spare nodes Slurm ends the job, and requeues it
-    if ((10#${NUM_SPARE_NODES:-0} > 0)); then
+    if ((spares > 0)); then
         options=(--no-kill "${options[@]}")
         export DYN_MPI_NO_KILL=1 # for launch, which can't ask Slurm
     fi
     command=(
-        sbatch --nodes="$nodes" --gpus-per-node="${NUM_GPUS_PER_NODE:-4}"
+        sbatch --nodes="$nodes" --gpus-per-node="$gpus"
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}
         "${options[@]}" "$root/scripts/sbatch_disaggregated.sh" "${arguments[@]}"
     )

@@ -3,7 +3,7 @@
 
 Where the role has a second worker, the first drains only while that one serves. Without a spare node it then isn't started again; without
 both, the request is refused (64). The node is left out for the rest of the job. Exit code 0 when the worker serves again, 75 if the
-deployment ended meanwhile, 124 after --timeout; `launch` then goes on with the request.
+launcher was killed or the deployment ended meanwhile, 124 after --timeout; `launch` then goes on with the request.
 """
 
 from __future__ import annotations

@@ -46,10 +46,42 @@ def test_an_interpreter_that_is_not_there_is_reported() -> None:
     assert (code, "PYTHON=/path/to/python3" in said) == (64, True), said
 
 
-@pytest.mark.parametrize("value", ["abc", "0", "08", "1.5", "-1"])
+@pytest.mark.parametrize("value", ["abc", "0", "1.5", "-1", "100000", "99999999999999999999"])
 def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
     code, said = run("sbatch_disaggregated.sh", "--dry-run", NUM_DECODE_NODES=value)
     assert (code, f"NUM_DECODE_NODES is '{value}'" in said) == (64, True), said
+    assert "fix:      correct --decode-nodes or NUM_DECODE_NODES" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "nodes", "is_kept"),
+    [
+        ((), {}, 4, False),
+        ((), {"DYN_MPI_SPARE_NODES": "2"}, 6, True),
+        ((), {"DYN_MPI_SPARE_NODES": "2", "NUM_SPARE_NODES": "1"}, 6, True),
+        (("--spare-nodes", "1"), {"NUM_SPARE_NODES": "3"}, 5, True),
+        (("--spare=2", "--decode-n", "3"), {}, 7, True),
+        (("--spare-nodes=0",), {"DYN_MPI_SPARE_NODES": "2"}, 4, False),
+        (("--prefill-nodes", "3", "--decode-workers=2"), {}, 7, False),
+        (("--prefill-nodes", "3", "--prefill-nodes=4"), {"NUM_PREFILL_NODES": "x"}, 6, False),
+        (("--", "--spare-nodes", "1"), {}, 4, False),
+        (("--run-dir", "a b"), {"NUM_DECODE_NODES": "08"}, 10, False),
+    ],
+)
+def test_a_batch_job_asks_for_the_nodes_that_launch_takes(
+    words: tuple[str, ...], variables: dict[str, str], nodes: int, is_kept: bool
+) -> None:
+    command = [str(SCRIPTS / "sbatch_disaggregated.sh"), "--dry-run", "--", *words]
+    environ = {"PATH": os.environ["PATH"], **variables}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert f"sbatch --nodes={nodes} --gpus-per-node=4 " in done.stdout
+    assert (" --no-kill " in done.stdout) == is_kept
+
+
+@pytest.mark.parametrize("words", [("--spare-nodes", "-1"), ("--spare-nodes=x",), ("--gpus-per-node", "0")])
+def test_a_flag_s_number_that_is_none_is_not_submitted(words: tuple[str, ...]) -> None:
+    code, said = run("sbatch_disaggregated.sh", "--dry-run", "--", *words)
+    assert (code, f"flag {words[0].partition('=')[0]} is '" in said, "  fix: " in said) == (64, True, True), said
 
 
 SCONTROL = """#!/bin/sh
@@ -99,7 +131,7 @@ def test_a_batch_job_outlives_a_node_only_with_spare_nodes(spares: str, is_kept:
     assert "#SBATCH --no-kill" not in (SCRIPTS / "sbatch_disaggregated.sh").read_text()
 
 
-@pytest.mark.parametrize("value", ["abc", "1.5", "-1"])
+@pytest.mark.parametrize("value", ["abc", "1.5", "-1", "99999999999999999999"])
 def test_a_number_of_spare_nodes_that_is_none_is_not_submitted(value: str) -> None:
     code, said = run("sbatch_disaggregated.sh", "--dry-run", NUM_SPARE_NODES=value)
     assert (code, f"NUM_SPARE_NODES is '{value}'" in said) == (64, True), said
