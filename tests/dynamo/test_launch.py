@@ -191,7 +191,7 @@ def test_a_host_that_is_blamed_twice_is_replaced_by_a_spare(tmp_path: Path, mode
         (launch.run_dir / "replace" / spare).touch(mode=0o600)
         launch.wait_for_text(f"replace {spare} of decode-0: refused (no spare node is left")
         assert launch.end() == 143, launch.err
-        assert "for a next job: --exclude=127.0.0.1" in launch.err
+        assert "for a next launch: take 127.0.0.1 out of " in launch.err
         left = json.loads((launch.run_dir / "excluded.json").read_text())["nodes"]
         assert [(one["node"], one["worker"]) for one in left] == [("127.0.0.1", "decode-0")]
 

@@ -79,6 +79,6 @@ def test_a_lost_host_is_replaced_by_the_spare_one(
         assert [(one["node"], one["worker"]) for one in left] == [("h2", "decode-0")]
         launch.send_signal(signal.SIGTERM)
         assert launch.wait(60) == 143, log.read_text()
-        assert "for a next job: --exclude=h2" in log.read_text()
+        assert "for a next launch: take h2 out of " in log.read_text()
     finally:
         launch.end()
