@@ -31,7 +31,8 @@ def generate(mpirun: Mpirun, model_dir: Path, tmp_path_factory: pytest.TempPathF
     def run(ranks: int, rounds: list[list[dict[str, Any]]], **settings: Any) -> dict[str, Any]:
         task = tmp_path_factory.mktemp("task") / "rounds.json"
         task.write_text(json.dumps({"rounds": rounds, "idle_seconds": 0, **settings}))
-        done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task), env=UNBOUND)
+        # 80 s on two cores that nothing else uses
+        done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task), env=UNBOUND, timeout=300)
         assert done.returncode == 0, done.stderr
         printed: dict[str, Any] = json.loads(done.stdout)
         return printed
