@@ -108,6 +108,15 @@ class LaunchedLlm:
         self.process.wait()
 
 
+def ask_if_routed(port: int, model: str, question: str) -> dict[str, Any] | None:
+    """Ask; None while the frontend lists the model, and doesn't route to it yet."""
+    try:
+        return ask(port, model, question)
+    except urllib.error.HTTPError as error:
+        assert error.code == 404, error.read()
+        return None
+
+
 def ask(port: int, model: str, question: str) -> dict[str, Any]:
     """Return the first choice of a chat completion."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0}
@@ -149,7 +158,7 @@ def test_dynamo_serves_over_two_ranks_and_drains(
                 lambda: launched.process.poll() is not None or model_dir.name in frontend.models(), "it is listed"
             )
             assert launched.process.poll() is None, launched.text()
-            choice = ask(frontend.port, model_dir.name, question)
+            choice = eventually(lambda: ask_if_routed(frontend.port, model_dir.name, question), "it is routed to", 10)
             assert (choice["message"]["content"], choice["finish_reason"]) == (answer, "stop")
             launched.terminate_child()
             began = time.monotonic()

@@ -43,11 +43,17 @@ class Stream:
 
     def __init__(self, port: int, model: str, max_tokens: int) -> None:
         body = {"model": model, "prompt": "The capital of France is", "max_tokens": max_tokens, "ignore_eos": True}
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        headers = {"Content-Type": "application/json"}
-        self._connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
-        self._reply = self._connection.getresponse()
+        self._body = json.dumps(body | {"stream": True})
+        self._port = port
+        # a frontend may list a model a moment before it routes to it
+        eventually(lambda: self._ask() != 404, "the model is routed to", 10)
         assert self._reply.status == 200, self._reply.read()
+
+    def _ask(self) -> int:
+        self._connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        self._connection.request("POST", "/v1/completions", self._body, {"Content-Type": "application/json"})
+        self._reply = self._connection.getresponse()
+        return self._reply.status
 
     def events(self) -> Iterator[str]:
         """Yield the data of each event."""
