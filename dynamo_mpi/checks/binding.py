@@ -7,7 +7,8 @@
 
 A rank that launcher or user have bound keeps its CPUs. Ranks whose GPUs are next to the same CPUs share them, as with TensorRT-LLM's own
 binding (``configure_cpu_affinity``): it begins later, when MPI's and UCX's threads run and memory is allocated, and binds no memory.
-With ``TLLM_NUMA_AWARE_WORKER_AFFINITY`` the user decides about it: 1 has the engine bind too, to the same CPUs, anything else nobody.
+With ``TLLM_NUMA_AWARE_WORKER_AFFINITY`` the user decides about it: with 1 the engine binds too, to the same CPUs;
+with any other value nothing binds.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def claim(parent: str, name: str) -> ClaimedFolder:
         try:
             with OwnFolder(root, sole=True, create=True) as folder:
                 folder.require_own()
-                # from here on by its path: nobody else can replace any part of it
+                # from here on by its path: no other user can replace any part of it
                 _sweep(root)
                 for slot in range(_MOST_SLOTS):
                     path = os.path.join(root, name if slot == 0 else f"{name}-s{slot}")

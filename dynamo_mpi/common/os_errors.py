@@ -80,7 +80,7 @@ def import_numpy() -> None:
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        import numpy  # noqa: F401
+        import numpy  # noqa: F401 - the import itself starts BLAS's threads
 
         sent = signal.sigtimedwait({signal.SIGINT}, 0)
     finally:

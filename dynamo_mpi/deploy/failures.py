@@ -167,7 +167,7 @@ class FailureHandler:
         del self._inquiries[worker.name]
         self._leave_out_spares(health)
         before = tuple(other for other in self._events if other is not event)
-        # whoever was blamed: a bad node is the cause
+        # a bad node is the cause, whichever node was blamed
         bad = next((each.node for each in health if each.problem and each.node in worker.nodes), event.host)
         event = replace(event, host=bad)
         spares = self.nearest_spares(bad, inquiry.domain_of(worker.nodes) if inquiry is not None else "")

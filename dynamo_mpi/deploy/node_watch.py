@@ -3,7 +3,7 @@
 
 A worker's own heartbeats find a node that is lost while another of its nodes is left; for a worker of one node, Slurm finds it after
 SlurmdTimeout. A node counts as lost when it has answered none of several connections, while another node, or slurmctld, has answered: if
-nobody has, it is this host that is cut off. That Slurm calls it "not responding" counts only together with that: slurmd may be restarted.
+none has, it is this host that is cut off. That Slurm calls it "not responding" counts only together with that: slurmd may be restarted.
 """
 
 from __future__ import annotations
