@@ -473,12 +473,14 @@ def shared() -> Iterator[Path]:
 
 
 def archive_in(shared: Path) -> None:
-    """Write this user's archive, of one rank."""
+    """Write this user's archive, of one rank; others can read it, whatever the umask of the tests is."""
+    before = os.umask(0o022)
     target = Path(folders_of(str(shared), "M-1")[0])
     rank = shared / f"rank-{os.geteuid()}"
     rank.mkdir()
     part = saved(rank, target, {"triton/k": b"k"})
     assert handle({"do": "publish", "target": str(target), "key": KEY, "parts": [part]}) == {"removed": 0}
+    os.umask(before)
 
 
 def looked_up(shared: Path) -> dict[str, Any]:
@@ -487,9 +489,7 @@ def looked_up(shared: Path) -> dict[str, Any]:
 
 @needs_root
 def test_root_s_archive_is_read_by_other_users(shared: Path) -> None:
-    before = os.umask(0o022)
     archive_in(shared)
-    os.umask(before)
 
     def use_it() -> None:
         found = looked_up(shared)
