@@ -14,6 +14,7 @@ import os
 
 from dynamo_mpi.checks.gpu_fabric import GpuFabric, read_fabric
 from dynamo_mpi.checks.gpu_place import GpuPlace, place_by_nvml, read_nodes
+from dynamo_mpi.checks.nvml import is_hidden, open_nvml, optional, to_text
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -137,27 +138,18 @@ def read_gpus(environ: Mapping[str, str]) -> NodeGpus:
     Args:
         environ: this rank's environment.
     """
-    from importlib import import_module
-
     try:
-        nvml: Any = import_module("pynvml")
+        with open_nvml() as nvml:
+            gpus, problem = _read_all(nvml)
+            driver = to_text(optional(nvml, "nvmlSystemGetDriverVersion") or "")
+            cuda = int(optional(nvml, "nvmlSystemGetCudaDriverVersion") or 0)
+            return NodeGpus(gpus, visible_gpus(gpus, environ), driver, cuda, problem)
     except ImportError:
         devices = device_files()
         seen = f"; /dev has {devices} NVIDIA GPUs" if devices else "; /dev has no NVIDIA GPU"
         return NodeGpus(problem=f"nvidia-ml-py isn't installed (pip install nvidia-ml-py){seen}")
-    try:
-        nvml.nvmlInit()
     except Exception as error:
         return NodeGpus(problem=_describe(error))
-    try:
-        gpus, problem = _read_all(nvml)
-        driver = _text(optional(nvml, "nvmlSystemGetDriverVersion") or "")
-        cuda = int(optional(nvml, "nvmlSystemGetCudaDriverVersion") or 0)
-        return NodeGpus(gpus, visible_gpus(gpus, environ), driver, cuda, problem)
-    except Exception as error:
-        return NodeGpus(problem=_describe(error))
-    finally:
-        optional(nvml, "nvmlShutdown")
 
 
 def visible_gpus(gpus: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -210,8 +202,8 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
         try:
             gpus.append(read_gpu(nvml, index, nodes))
         except Exception as error:
-            if type(error).__name__ == "NVMLError_NoPermission":
-                hidden += 1  # counted, but kept from this process by a cgroup: CUDA doesn't count it
+            if is_hidden(error):
+                hidden += 1
             else:
                 problems.append(f"GPU {index}: {_describe(error)}")
     if hidden and not gpus:
@@ -244,8 +236,8 @@ def read_gpu(nvml: Any, index: int, nodes: Sequence[NumaNode] = ()) -> GpuFacts:
     processes = optional(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
     return GpuFacts(
         index,
-        _text(nvml.nvmlDeviceGetUUID(handle)),
-        _text(nvml.nvmlDeviceGetName(handle)),
+        to_text(nvml.nvmlDeviceGetUUID(handle)),
+        to_text(nvml.nvmlDeviceGetName(handle)),
         10 * int(major) + int(minor),
         int(memory.total) if memory else 0,
         int(memory.free) if memory else 0,
@@ -260,24 +252,12 @@ def read_gpu(nvml: Any, index: int, nodes: Sequence[NumaNode] = ()) -> GpuFacts:
 
 def _instances(nvml: Any, handle: Any) -> tuple[str, ...]:
     found = (optional(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index) for index in range(_MOST_INSTANCES))
-    return tuple(_text(optional(nvml, "nvmlDeviceGetUUID", one) or "") for one in found if one is not None)
-
-
-def optional(nvml: Any, name: str, *args: Any) -> Any:
-    """Call a function that some GPUs, drivers or versions of nvidia-ml-py don't have; None if it isn't available."""
-    try:
-        return getattr(nvml, name)(*args)
-    except Exception:
-        return None
+    return tuple(to_text(optional(nvml, "nvmlDeviceGetUUID", one) or "") for one in found if one is not None)
 
 
 def _describe(error: Exception) -> str:
     kind = type(error).__name__
     return _PROBLEMS.get(kind) or f"NVML: {' '.join(str(error).split()) or kind}"
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def device_files(folder: str = "/dev") -> int:

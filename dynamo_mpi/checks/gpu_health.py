@@ -8,10 +8,10 @@ A value `as in nvml.h` is NVML's own number.
 from __future__ import annotations
 
 import time
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.gpu_facts import GpuFacts, read_gpu, visible_gpus
+from dynamo_mpi.checks.nvml import is_hidden, open_nvml, optional, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -117,11 +117,10 @@ def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[Gpu
         end: when to stop waiting, by `time.monotonic`.
     """
     try:
-        with _Nvml() as nvml:
+        with open_nvml() as nvml:
             began = time.monotonic()
             while True:
-                gpus = [nvml.facts(index) for index in range(nvml.count)]
-                there = {gpu.uuid: gpu for gpu in gpus if gpu is not None}
+                there = {gpu.uuid: gpu for gpu in _read_all(nvml)}
                 visible = visible_gpus([*there.values()], environ)
                 name = visible[rank % len(visible)] if visible else ""
                 if name not in there:
@@ -129,7 +128,7 @@ def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[Gpu
                     return no_health("it isn't known which GPU this rank takes" if visible else "this rank sees no GPU")
                 now = time.monotonic()
                 if now >= end or not is_busy(there[name]):
-                    return nvml.health(there[name])._replace(waited=round(now - began, 2))
+                    return _read_health(nvml, there[name])._replace(waited=round(now - began, 2))
                 time.sleep(min(_LOOK_SECONDS, end - now))
     except Exception as error:  # of the driver or of nvidia-ml-py, or one of them is missing
         return no_health(" ".join(str(error).split()) or type(error).__name__)
@@ -138,9 +137,8 @@ def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[Gpu
 def health_of_node() -> list[GpuHealth]:
     """Read all GPUs of this machine. Never raises; empty if there are none, one entry without facts if they can't be read."""
     try:
-        with _Nvml() as nvml:
-            there = [nvml.facts(index) for index in range(nvml.count)]
-            return [nvml.health(facts) for facts in there if facts is not None]
+        with open_nvml() as nvml:
+            return [_read_health(nvml, facts) for facts in _read_all(nvml)]
     except ImportError:
         return []
     except Exception as error:  # of the driver
@@ -149,73 +147,66 @@ def health_of_node() -> list[GpuHealth]:
         return [no_health(" ".join(str(error).split()) or type(error).__name__)]
 
 
-class _Nvml:
-    """NVML while it is open."""
+def health_of_gpus(gpus: Sequence[GpuFacts]) -> list[GpuHealth]:
+    """Read the health of GPUs of this machine, whose facts are known.
 
-    def __init__(self) -> None:
-        self._nvml: Any = import_module("pynvml")
+    Raises:
+        Exception: NVML's own, or nvidia-ml-py isn't installed.
+    """
+    with open_nvml() as nvml:
+        return [_read_health(nvml, facts) for facts in gpus]
 
-    def __enter__(self) -> _Nvml:
-        self._nvml.nvmlInit()
-        self.count = int(self._nvml.nvmlDeviceGetCount())
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._ask("nvmlShutdown")
-
-    def facts(self, index: int) -> GpuFacts | None:
-        """Read one GPU as the preflight does; None if a cgroup hides it from this process."""
+def _read_all(nvml: Any) -> list[GpuFacts]:
+    """Read the GPUs as the preflight does, without those that a cgroup hides."""
+    gpus = []
+    for index in range(int(nvml.nvmlDeviceGetCount())):
         try:
-            return read_gpu(self._nvml, index)
+            gpus.append(read_gpu(nvml, index))
         except Exception as error:
-            if type(error).__name__ == "NVMLError_NoPermission":
-                return None
-            raise
+            if not is_hidden(error):
+                raise
+    return gpus
 
-    def health(self, facts: GpuFacts) -> GpuHealth:
-        """Read the health of a GPU."""
-        nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByIndex(facts.number)
-        remapped = self._ask("nvmlDeviceGetRemappedRows", handle)
-        ecc = self._ask("nvmlDeviceGetEccMode", handle)
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
-        if reasons is None:  # its name until driver 535
-            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        states = [self._ask("nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
-        links = [state for state in states if state is not None]
-        driver = self._ask("nvmlSystemGetDriverVersion") or ""
-        return GpuHealth(
-            facts,
-            driver.decode("utf-8", "replace") if isinstance(driver, bytes) else str(driver),
-            recovery_action=self._field(handle, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION"),
-            ecc_on=None if ecc is None else int(ecc[0]),
-            uncorrected=self._number("nvmlDeviceGetTotalEccErrors", handle, _UNCORRECTED, _VOLATILE),
-            remap_pending=None if remapped is None else int(remapped[2]),
-            remap_failed=None if remapped is None else int(remapped[3]),
-            slow_reasons=None if reasons is None else int(reasons),
-            links_up=sum(map(bool, links)),
-            links=len(links),
-            compute_mode=self._number("nvmlDeviceGetComputeMode", handle),
-            sm_mhz=self._number("nvmlDeviceGetMaxClockInfo", handle, _SM_CLOCK),
-            memory_mhz=self._number("nvmlDeviceGetMaxClockInfo", handle, _MEMORY_CLOCK),
-            power_limit=self._number("nvmlDeviceGetEnforcedPowerLimit", handle),
-            pcie_generation=self._number("nvmlDeviceGetMaxPcieLinkGeneration", handle),
-            pcie_width=self._number("nvmlDeviceGetCurrPcieLinkWidth", handle),
-        )
 
-    def _number(self, name: str, *arguments: Any) -> int | None:
-        value = self._ask(name, *arguments)
+def _read_health(nvml: Any, facts: GpuFacts) -> GpuHealth:
+    handle = nvml.nvmlDeviceGetHandleByIndex(facts.number)
+    remapped = optional(nvml, "nvmlDeviceGetRemappedRows", handle)
+    ecc = optional(nvml, "nvmlDeviceGetEccMode", handle)
+    reasons = optional(nvml, "nvmlDeviceGetCurrentClocksEventReasons", handle)
+    if reasons is None:  # its name until driver 535
+        reasons = optional(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+    states = [optional(nvml, "nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
+    links = [state for state in states if state is not None]
+
+    def number(name: str, *arguments: Any) -> int | None:
+        value = optional(nvml, name, handle, *arguments)
         return None if value is None else int(value)
 
-    def _field(self, handle: Any, name: str) -> int | None:
-        number = getattr(self._nvml, name, None)
-        values = None if number is None else self._ask("nvmlDeviceGetFieldValues", handle, [number])
-        if not values or values[0].nvmlReturn != 0:
-            return None
-        return int(values[0].value.uiVal)
+    return GpuHealth(
+        facts,
+        to_text(optional(nvml, "nvmlSystemGetDriverVersion") or ""),
+        recovery_action=_field(nvml, handle, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION"),
+        ecc_on=None if ecc is None else int(ecc[0]),
+        uncorrected=number("nvmlDeviceGetTotalEccErrors", _UNCORRECTED, _VOLATILE),
+        # corrected, uncorrected, pending, failed
+        remap_pending=None if remapped is None else int(remapped[2]),
+        remap_failed=None if remapped is None else int(remapped[3]),
+        slow_reasons=None if reasons is None else int(reasons),
+        links_up=sum(map(bool, links)),
+        links=len(links),
+        compute_mode=number("nvmlDeviceGetComputeMode"),
+        sm_mhz=number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK),
+        memory_mhz=number("nvmlDeviceGetMaxClockInfo", _MEMORY_CLOCK),
+        power_limit=number("nvmlDeviceGetEnforcedPowerLimit"),
+        pcie_generation=number("nvmlDeviceGetMaxPcieLinkGeneration"),
+        pcie_width=number("nvmlDeviceGetCurrPcieLinkWidth"),
+    )
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        try:
-            return getattr(self._nvml, name)(*arguments)
-        except Exception:  # unknown, not supported or not permitted: handled alike
-            return None
+
+def _field(nvml: Any, handle: Any, name: str) -> int | None:
+    number = getattr(nvml, name, None)
+    values = None if number is None else optional(nvml, "nvmlDeviceGetFieldValues", handle, [number])
+    if not values or values[0].nvmlReturn != 0:
+        return None
+    return int(values[0].value.uiVal)

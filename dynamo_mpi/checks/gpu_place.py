@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from dynamo_mpi.checks.nvml import optional, to_text
 from dynamo_mpi.common.affinity import format_list, parse_list
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -137,8 +138,7 @@ def pci_address(bus_id: str | bytes) -> str:
     Raises:
         ValueError: it isn't one.
     """
-    text = bus_id.decode("ascii", "replace") if isinstance(bus_id, bytes) else bus_id
-    domain, _, rest = text.lower().partition(":")
+    domain, _, rest = to_text(bus_id).lower().partition(":")
     return f"{int(domain, 16):04x}:{rest}"
 
 
@@ -154,11 +154,8 @@ def place_by_nvml(nvml: Any, handle: Any, nodes: Sequence[NumaNode]) -> GpuPlace
         address = pci_address(nvml.nvmlDeviceGetPciInfo(handle).busId)
     except Exception:
         return None
-    try:
-        own = int(nvml.nvmlDeviceGetNumaNodeId(handle))
-    except Exception:  # it isn't one, or an old driver
-        own = -1
-    return read_place(address, own, nodes)
+    own = optional(nvml, "nvmlDeviceGetNumaNodeId", handle)  # most GPUs' memory is none
+    return read_place(address, -1 if own is None else int(own), nodes)
 
 
 def _text(path: str) -> str:

@@ -15,33 +15,27 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import shell_word, without_controls
-from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
+from dynamo_mpi.common.errors import PhaseTimeoutError, UsageError
 from dynamo_mpi.common.files import PREFIX as LOCAL_PREFIX
 from dynamo_mpi.common.files import sweep
+from dynamo_mpi.common.waiting import poll_until
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP, is_run_dir, open_run_dir
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP
 from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
-from dynamo_mpi.ops.deployment import (
-    MODEL,
-    NAMESPACE,
-    RUN_DIR,
-    NoRunDirError,
-    find_deployment,
-    find_run_dir,
-    read_launch,
-)
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, read_launch
+from dynamo_mpi.ops.run_dirs import choose_run_dir, open_used_run_dir
 from dynamo_mpi.ops.stop import WorkerSelector, stop_workers
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
+    from pathlib import Path
 
     from dynamo_mpi.common.own_files import OwnFolder
     from dynamo_mpi.ops.deployment import RunningLaunch
@@ -92,24 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
     named = values["run_dir"]
     if named is None and values["job"]:
         raise UsageError("--job alone doesn't select workers", expected="their etcd or their name", fix=_SAY_WHICH)
-    run_dir = Path(os.path.abspath(named or _find()))
-    try:
-        with open_run_dir(run_dir) as folder:
-            return _end(run_dir, folder, values, is_named=named is not None, dry_run=arguments.dry_run)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NoRunDirError(run_dir) from None
-    except PermissionError:
-        raise AuthorizationError(
-            f"{run_dir} can't be used by this user",
-            expected="a run folder of this user's",
-            fix="ask the user who launched it",
-        ) from None
+    run_dir = choose_run_dir(named, os.environ, "its folder, or whose workers are meant", _SAY_WHICH)
+    with open_used_run_dir(run_dir) as folder:
+        return _end(run_dir, folder, values, is_named=named is not None, dry_run=arguments.dry_run)
 
 
 def _end(run_dir: Path, folder: OwnFolder, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
     names = folder.names()
-    if not is_run_dir(folder):
-        raise NoRunDirError(run_dir)
     if values["job"] or (is_named and DEPLOYMENT not in names and SERVICES in names):
         return _end_workers(values, dry_run=dry_run)
     launch = read_launch(run_dir, folder)
@@ -142,28 +125,21 @@ def _end_workers(values: dict[str, Any], *, dry_run: bool) -> int:
 def _end_deployment(run_dir: Path, folder: OwnFolder, launch: RunningLaunch, seconds: float) -> None:
     os.close(folder.open(STOP, os.O_WRONLY | os.O_CREAT))
     end = time.monotonic() + seconds
-    while DEPLOYMENT in folder.names():
+
+    def late() -> PhaseTimeoutError:
+        return PhaseTimeoutError(
+            f"the deployment in {run_dir} has not ended after {seconds:g} s",
+            expected="an end within --timeout",
+            fix=f"look at its log, or scancel {shell_word(launch.job_id) if launch.job_id else 'its job'}",
+        )
+
+    for _ in poll_until(end, POLL_SECONDS, late):
+        if DEPLOYMENT not in folder.names():
+            return
         with _lock_of_dead_launcher(folder) as held:
             if held:
                 _clean(folder, launch, end)
-                break
-        if time.monotonic() > end:
-            raise PhaseTimeoutError(
-                f"the deployment in {run_dir} has not ended after {seconds:g} s",
-                expected="an end within --timeout",
-                fix=f"look at its log, or scancel {shell_word(launch.job_id) if launch.job_id else 'its job'}",
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _find() -> Path:
-    if (found := find_run_dir(os.environ)) is None:
-        raise UsageError(
-            f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}",
-            expected="its folder, or whose workers are meant",
-            fix=_SAY_WHICH,
-        )
-    return found
+                return
 
 
 @contextlib.contextmanager
@@ -188,7 +164,15 @@ def _clean(folder: OwnFolder, launch: RunningLaunch, end: float) -> None:
 
 
 def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
-    while True:
+    left: list[str] = []
+
+    def late() -> PhaseTimeoutError:
+        found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
+        return PhaseTimeoutError(
+            found, expected="no step of this deployment, within --timeout", fix=f"scancel {shell_word(job_id)}"
+        )
+
+    for _ in poll_until(end, POLL_SECONDS, late):
         running = step_controller.running()
         left = [step for step, name in (running or {}).items() if name in names]
         if running is not None and not left:
@@ -196,14 +180,6 @@ def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, 
         if left:
             _say(f"cancelling {', '.join(left)}, which a killed launcher has left")
             step_controller.cancel_ids(left)
-        if time.monotonic() > end:
-            found = (
-                f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
-            )
-            raise PhaseTimeoutError(
-                found, expected="no step of this deployment, within --timeout", fix=f"scancel {shell_word(job_id)}"
-            )
-        time.sleep(POLL_SECONDS)
 
 
 def _say(text: str) -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.display import without_controls
-from dynamo_mpi.common.errors import AuthorizationError, UsageError
+from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
-from dynamo_mpi.ops.deployment import RUN_DIR, Deployment, LauncherKilledError, NoRunDirError, find_run_dir, read_launch
+from dynamo_mpi.ops.deployment import RUN_DIR, Deployment, LauncherKilledError, read_launch
 from dynamo_mpi.ops.replace import is_requested, replace_node, require_replaceable
+from dynamo_mpi.ops.run_dirs import choose_run_dir, open_used_run_dir
 
 if TYPE_CHECKING:
     import argparse
@@ -52,36 +51,20 @@ def run(arguments: argparse.Namespace) -> int:
         PhaseTimeoutError: the node is still in use after the time limit.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
-    found = values["run_dir"] or find_run_dir(os.environ)
-    if found is None:
-        raise UsageError(
-            f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}", expected="its folder", fix="--run-dir DIR"
-        )
-    run_dir = Path(os.path.abspath(found))
-    try:
-        with open_run_dir(run_dir) as folder:
-            launch = read_launch(run_dir, folder)
-            if launch is None and not is_run_dir(folder):
-                raise NoRunDirError(run_dir)
-            if launch is None:
-                raise UsageError(
-                    f"no deployment runs in {run_dir}",
-                    expected="the run folder of a running launch",
-                    fix="--run-dir DIR",
-                )
-            if Deployment(run_dir, None, launch=launch).launcher_is_dead:
-                raise LauncherKilledError(run_dir)
-            if not is_requested(folder, arguments.node):
-                require_replaceable(arguments.node, launch)
-            outcome = replace_node(folder, run_dir, arguments.node, values["timeout"], _say)
-    except (FileNotFoundError, NotADirectoryError):
-        raise NoRunDirError(run_dir) from None
-    except PermissionError:
-        raise AuthorizationError(
-            f"{run_dir} can't be used by this user",
-            expected="a run folder of this user's",
-            fix="ask the user who launched it",
-        ) from None
+    run_dir = choose_run_dir(values["run_dir"], os.environ, "its folder", "--run-dir DIR")
+    with open_used_run_dir(run_dir) as folder:
+        launch = read_launch(run_dir, folder)
+        if launch is None:
+            raise UsageError(
+                f"no deployment runs in {run_dir}",
+                expected="the run folder of a running launch",
+                fix="--run-dir DIR",
+            )
+        if Deployment(run_dir, None, launch=launch).launcher_is_dead:
+            raise LauncherKilledError(run_dir)
+        if not is_requested(folder, arguments.node):
+            require_replaceable(arguments.node, launch)
+        outcome = replace_node(folder, run_dir, arguments.node, values["timeout"], _say)
     write_out(str(outcome))
     return 0
 

@@ -25,10 +25,10 @@ from dynamo_mpi.ops.deployment import (
     NAMESPACE,
     RUN_DIR,
     LauncherKilledError,
-    NoRunDirError,
     add_output,
     find_deployment,
 )
+from dynamo_mpi.ops.run_dirs import NoRunDirError
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
 from dynamo_mpi.ops.status_output import describe
 

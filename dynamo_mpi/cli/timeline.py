@@ -18,8 +18,8 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.folder_walk import fix_for
 from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.config.options import add_options, resolve, run_dir_option
-from dynamo_mpi.deploy.run_files import TIMELINES, is_run_dir, open_run_dir
-from dynamo_mpi.ops.deployment import NoRunDirError, select_run_dirs
+from dynamo_mpi.deploy.run_files import TIMELINES, open_run_dir
+from dynamo_mpi.ops.run_dirs import open_used_run_dir, select_run_dirs
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
@@ -118,16 +118,6 @@ def _has_timelines(run_dir: OwnFolder) -> bool:
         return bool(folder.names())
 
 
-def _require_run_dir(run_dir: Path) -> None:
-    try:
-        with open_run_dir(run_dir) as folder:
-            if is_run_dir(folder):
-                return
-    except OSError:
-        pass
-    raise NoRunDirError(Path(os.path.abspath(run_dir)))
-
-
 def _starts_of(run_dir: Path) -> list[StartupTrace]:
     path = run_dir / TIMELINES
     try:
@@ -144,10 +134,10 @@ def _starts_of(run_dir: Path) -> list[StartupTrace]:
             fix=fix_for(error, "check its rights"),
         ) from None
     if not starts:
-        _require_run_dir(run_dir)
-        raise UsageError(
-            f"there is no timeline in {path}",
-            expected="a deployment of which a worker has become ready, or has failed after the preflight",
-            fix="wait for it, or name the run folder: --run-dir DIR",
-        )
+        with open_used_run_dir(Path(os.path.abspath(run_dir))):
+            raise UsageError(
+                f"there is no timeline in {path}",
+                expected="a deployment of which a worker has become ready, or has failed after the preflight",
+                fix="wait for it, or name the run folder: --run-dir DIR",
+            )
     return starts

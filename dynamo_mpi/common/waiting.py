@@ -45,6 +45,21 @@ def call_with_timeout(seconds: float, call: Callable[[], T], name: str) -> T:
     return results[0]
 
 
+def poll_until(end: float, seconds: float, late: Callable[[], Exception]) -> Iterator[None]:
+    """Yield at once, then every few seconds: for a caller that looks each time, and leaves the loop when it has found what it waits for.
+
+    Args:
+        end: the time limit, by `time.monotonic`.
+        seconds: the pauses.
+        late: makes the exception that is raised after the time limit.
+    """
+    while True:
+        yield
+        if (left := end - time.monotonic()) <= 0:
+            raise late()
+        time.sleep(min(seconds, left))
+
+
 def start_thread(act: Callable[[], object], name: str | None = None) -> threading.Thread | None:
     """Call ``act`` in a daemon thread and suppress its exceptions; return the thread, or None if the thread limit is reached."""
     thread = threading.Thread(target=run_suppressed, args=(act,), name=name, daemon=True)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.credentials import SERVICES_FILE, clients_of, split_clients
-from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, RetryableError, UsageError
-from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, run_dir_option, to_name, to_text
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, is_run_dir, open_run_dir, read_object, read_services
+from dynamo_mpi.ops.run_dirs import find_run_dir
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
+
+    from dynamo_mpi.common.own_files import OwnFolder
 
 _NAME_ETCD = (SERVICES_FILE, "ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
 
@@ -37,23 +39,6 @@ MODEL = Option(
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Declare ``--output``."""
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
-
-
-class NoRunDirError(UsageError):
-    """There is no such run folder (yet): nothing of this name, or a folder in which no deployment has ever been started.
-
-    The right answer of every verb that takes one: a wrong name must not look like a deployment that has ended.
-    """
-
-    def __init__(self, run_dir: Path | None) -> None:
-        is_folder = run_dir is not None and run_dir.is_dir()
-        super().__init__(
-            f"{run_dir} is no run folder: no deployment was ever started in it"
-            if is_folder
-            else f"there is no folder {run_dir}",
-            expected="the run folder of a deployment",
-            fix="--run-dir DIR of one, or start it",
-        )
 
 
 class LauncherKilledError(RetryableError):
@@ -196,47 +181,6 @@ class Deployment:
             return False
         # check the process first: trying the lock of a running launcher could block one that starts
         return not os.path.exists(f"/proc/{launch.pid}") and _is_free(self.run_dir)
-
-
-def select_run_dirs(has: Callable[[OwnFolder], bool]) -> list[Path]:
-    """Return the current folder's run folders of this user for which ``has`` is true; others' aren't looked into.
-
-    Raises:
-        UsageError: one of them is refused, see `open_run_dir`.
-    """
-    found = []
-    for name in sorted(os.listdir()):
-        if name.startswith("dynamo_mpi-"):
-            try:
-                with open_run_dir(Path(name)) as folder:
-                    if has(folder):
-                        found.append(Path(name))
-            except UsageError:
-                # others may have written in it, so this only selects the refusal to report
-                with contextlib.suppress(OSError), OwnFolder(".") as here, here.subfolder(name) as folder:
-                    if has(folder):
-                        raise
-            except (OSError, DynamoMpiError):  # somebody else's, or no folder
-                continue
-    return found
-
-
-def find_run_dir(environ: Mapping[str, str]) -> Path | None:
-    """Return the folder that `launch` uses in this job, or else the only one in the current folder in which a deployment runs.
-
-    Raises:
-        UsageError: there are several, or the one is refused.
-    """
-    if job := environ.get("SLURM_JOB_ID"):
-        return Path(f"dynamo_mpi-{job}")
-    found = select_run_dirs(lambda folder: DEPLOYMENT in folder.names())
-    if len(found) > 1:
-        raise UsageError(
-            f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(sanitize(path.name) for path in found)}",
-            expected="one of them",
-            fix="--run-dir DIR",
-        )
-    return found[0] if found else None
 
 
 def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deployment:

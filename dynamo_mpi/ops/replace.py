@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import PhaseTimeoutError, RetryableError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
+from dynamo_mpi.common.waiting import poll_until
 from dynamo_mpi.deploy.replacements import DONE, DRAINING, HEAD_NODE, REFUSED, STARTING, WAITING, Replacement
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, REPLACE, read_object
 
@@ -106,12 +107,22 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
     with folder.subfolder(REPLACE, create=True) as requests:
         os.close(requests.open(node, os.O_WRONLY | os.O_CREAT))
     state, reason = "", ""
-    while True:
+    answers: list[Replacement] = []
+
+    def late() -> PhaseTimeoutError:
+        where = _describe(answers[-1]) if answers else "launch hasn't taken the request"
+        return PhaseTimeoutError(
+            f"{node} isn't out after {seconds:g} s: {where}",
+            expected="a deployment without the node, within --timeout",
+            fix="dynamo-mpi status shows how far it is; a longer --timeout where requests or the load take longer",
+        )
+
+    for _ in poll_until(began + seconds, POLL_SECONDS, late):
         answers = _answers(folder, node)[before:]
         if answers:
             answer = answers[-1]
             if answer.state == DONE:
-                return Outcome(answer, time.monotonic() - began)
+                break
             if answer.state == REFUSED and answer.reason == HEAD_NODE:
                 raise UsageError(
                     f"launch doesn't take {node} out: {answer.reason}",
@@ -133,14 +144,7 @@ def replace_node(folder: OwnFolder, run_dir: Path, node: str, seconds: float, lo
                 expected="a running deployment",
                 fix="look at its log: dynamo-mpi status",
             )
-        if time.monotonic() - began > seconds:
-            where = _describe(answers[-1]) if answers else "launch hasn't taken the request"
-            raise PhaseTimeoutError(
-                f"{node} isn't out after {seconds:g} s: {where}",
-                expected="a deployment without the node, within --timeout",
-                fix="dynamo-mpi status shows how far it is; a longer --timeout where requests or the load take longer",
-            )
-        time.sleep(POLL_SECONDS)
+    return Outcome(answers[-1], time.monotonic() - began)
 
 
 def is_requested(folder: OwnFolder, node: str) -> bool:

@@ -21,7 +21,8 @@ from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.model_cards import UnlikeModel, cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.layout import ROLES
-from dynamo_mpi.ops.deployment import LauncherKilledError, NoRunDirError
+from dynamo_mpi.ops.deployment import LauncherKilledError
+from dynamo_mpi.ops.run_dirs import NoRunDirError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

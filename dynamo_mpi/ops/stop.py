@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.waiting import poll_until
 from dynamo_mpi.common.worker_process import ProcessStart, is_worker, signal_worker
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
 from dynamo_mpi.ops.readiness import format_nodes, format_position
@@ -180,7 +181,18 @@ def _is_of(worker: WorkerRecord, group: Sequence[str]) -> bool:
 def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: float) -> None:
     keys = {method.worker.key for method in methods}
     left: Iterable[StoredRecord] = [method.worker for method in methods]
-    while keys:
+    problem = ""
+
+    def late() -> PhaseTimeoutError:
+        now, records = time.time(), [worker.record for worker in left]
+        listed = "; ".join(f"{w.role} on {format_nodes(w.hosts)}: {format_position(w, now)}" for w in records)
+        return PhaseTimeoutError(
+            f"not ended in time: {listed or 'its process is still there'}{problem}",
+            expected="an end of all workers within --timeout",
+            fix="a longer --timeout where requests take longer, or end its launcher",
+        )
+
+    for _ in poll_until(end, POLL_SECONDS, late) if keys else ():
         problem = ""
         try:
             left = [worker for worker in selector.workers() if worker.key in keys]
@@ -188,12 +200,3 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
             problem = f"; {error.problem}"
         if not problem and not left and not any(m.pid and is_ours(m.worker.record) for m in methods):
             return
-        if time.monotonic() >= end:
-            now, records = time.time(), [worker.record for worker in left]
-            listed = "; ".join(f"{w.role} on {format_nodes(w.hosts)}: {format_position(w, now)}" for w in records)
-            raise PhaseTimeoutError(
-                f"not ended in time: {listed or 'its process is still there'}{problem}",
-                expected="an end of all workers within --timeout",
-                fix="a longer --timeout where requests take longer, or end its launcher",
-            )
-        time.sleep(max(0.0, min(POLL_SECONDS, end - time.monotonic())))

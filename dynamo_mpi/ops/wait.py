@@ -23,7 +23,7 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.ops.deployment import Deployment, LauncherKilledError, NoRunDirError, find_deployment
+from dynamo_mpi.ops.deployment import Deployment, LauncherKilledError, find_deployment
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
     MissingItem,
@@ -35,6 +35,7 @@ from dynamo_mpi.ops.readiness import (
     unlike_items,
     unrecoverable_failure,
 )
+from dynamo_mpi.ops.run_dirs import NoRunDirError
 from dynamo_mpi.ops.status import ETCD_SECONDS, DeploymentStatus, read_status
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files, optional, read_gpus
+from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files, read_gpus
+from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_gpus
 from dynamo_mpi.checks.gpu_rules import (
     check_alike,
     check_instances,
@@ -45,26 +45,6 @@ if TYPE_CHECKING:
 
 # without a persistence daemon, NVML's initialisation on a node with eight GPUs takes seconds
 _LOOK_SECONDS = 60.0
-
-
-class GpuHealth(NamedTuple):
-    """The health of one GPU.
-
-    Args:
-        number: NVML's index.
-        links: number of its NVLinks.
-        links_up: number of NVLinks that are up.
-        uncorrected: memory errors since the driver was loaded that ECC could not correct.
-        remap_pending: whether a row of its memory will be replaced at the next reset.
-        remap_failed: whether a row could not be replaced.
-    """
-
-    number: int
-    links: int = 0
-    links_up: int = 0
-    uncorrected: int = 0
-    remap_pending: bool = False
-    remap_failed: bool = False
 
 
 class GpuLook(NamedTuple):
@@ -100,7 +80,7 @@ def read_look(output: Output) -> GpuLook | str:
         return f"looking at the GPUs: {output.problem}"
     try:
         output_facts: dict[str, Any] = json.loads(output.out.strip().splitlines()[-1])
-        health = tuple(GpuHealth(**one) for one in output_facts["health"])
+        health = tuple(GpuHealth.unpack(one) for one in output_facts["health"])
         return GpuLook(NodeGpus.unpack(output_facts["facts"]), int(output_facts["devices"]), health)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         return f"looking at the GPUs: an answer that can't be read ({type(error).__name__})"
@@ -177,7 +157,7 @@ def judge_links(health: Sequence[GpuHealth]) -> Check:
     linked = [one for one in health if one.links]
     if not linked:
         return skipped("nvlink", "no NVLink: ranks of this node reach each other by PCIe")
-    down = [f"GPU {one.number}: {one.links_up} of {one.links} up" for one in linked if one.links_up < one.links]
+    down = [f"GPU {one.facts.number}: {one.links_up} of {one.links} up" for one in linked if one.links_up != one.links]
     if down:
         needed = "all links: NCCL takes a slower way, or none"
         return warning(
@@ -186,7 +166,7 @@ def judge_links(health: Sequence[GpuHealth]) -> Check:
             needed,
             "nvidia-smi nvlink --status; on NVSwitch systems the fabric manager has to run",
         )
-    return ok("nvlink", f"{counted(sum(one.links_up for one in linked), 'link')} up")
+    return ok("nvlink", f"{counted(sum(one.links or 0 for one in linked), 'link')} up")
 
 
 def judge_ecc(health: Sequence[GpuHealth]) -> Check:
@@ -196,7 +176,7 @@ def judge_ecc(health: Sequence[GpuHealth]) -> Check:
         said = [f"{one.uncorrected} uncorrected memory errors"] if one.uncorrected else []
         said += ["a row could not be remapped"] if one.remap_failed else []
         said += ["a row is remapped at the next reset"] if one.remap_pending else []
-        found += [f"GPU {one.number}: {listed(said)}"] if said else []
+        found += [f"GPU {one.facts.number}: {listed(said)}"] if said else []
     if found:
         needed = "none: a process that meets one is ended (Xid 48, 94, 95)"
         return warning("ecc", lines(found), needed, "nvidia-smi --query-remapped-rows; have the GPU reset, or replaced")
@@ -206,43 +186,11 @@ def judge_ecc(health: Sequence[GpuHealth]) -> Check:
 SECTION = Section("gpus", (Probe("nvml", check_gpus),))
 
 
-# the largest number of NVLinks of any GPU so far; NVML reports an error for missing ones
-_MOST_LINKS = 18
-# numbers from nvml.h: older releases of nvidia-ml-py don't have all names
-_UNCORRECTED, _VOLATILE = 1, 0
-
-
 def look_by_nvml() -> dict[str, Any]:
-    """Read everything; ``health`` has the fields of `GpuHealth`."""
+    """Read everything, for `read_look`."""
     facts = read_gpus(os.environ)
-    health = _health() if facts.gpus else []
-    return {"facts": facts.pack(), "devices": device_files(), "health": health}
-
-
-def _health() -> list[dict[str, Any]]:
-    nvml: Any = import_module("pynvml")
-    nvml.nvmlInit()
-    try:
-        # by NVML's index: GPUs that a cgroup hides have no health
-        handles = [optional(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
-        return [_one(nvml, index, handle) for index, handle in enumerate(handles) if handle is not None]
-    finally:
-        optional(nvml, "nvmlShutdown")
-
-
-def _one(nvml: Any, index: int, handle: Any) -> dict[str, Any]:
-    states = [optional(nvml, "nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
-    known = [state for state in states if state is not None]
-    remapped = optional(nvml, "nvmlDeviceGetRemappedRows", handle)
-    return {
-        "number": index,
-        "links": len(known),
-        "links_up": sum(bool(state) for state in known),
-        "uncorrected": optional(nvml, "nvmlDeviceGetTotalEccErrors", handle, _UNCORRECTED, _VOLATILE) or 0,
-        # corrected, uncorrected, pending, failed
-        "remap_pending": bool(remapped and remapped[2]),
-        "remap_failed": bool(remapped and remapped[3]),
-    }
+    health = health_of_gpus(facts.gpus) if facts.gpus else []
+    return {"facts": facts.pack(), "devices": device_files(), "health": [one.pack() for one in health]}
 
 
 if __name__ == "__main__":

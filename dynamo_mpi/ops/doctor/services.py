@@ -18,8 +18,8 @@ from dynamo_mpi.discovery.etcd import SAFE_ETCD, EtcdAuth, is_outdated_etcd
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.ops.deployment import NoRunDirError
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, of_error, ok, skipped, warning
+from dynamo_mpi.ops.run_dirs import NoRunDirError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
