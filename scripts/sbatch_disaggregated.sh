@@ -31,10 +31,11 @@ END
 # Slurm runs a copy of this file from its spool folder: there the checkout is where it was submitted from, unless we said where.
 root=${DYN_MPI_CHECKOUT:-${SLURM_SUBMIT_DIR:-.}}
 
-# Prints a number as launch will read it: its flag among `arguments`, over its variables in their order, over the default.
-number_of() {
-    local flag=$1 least=$2 value=$3 origin=default name names word previous="" expected="a positive whole number"
-    for name in "${@:4}"; do
+# Sets `value` and `origin` as launch will read an option: its flag among `arguments`, over its variables in their order, over the default.
+find_value() {
+    local flag=$1 name word previous=""
+    value=$2 origin=default
+    for name in "${@:3}"; do
         if [[ -n ${!name:-} ]]; then
             value=${!name} origin="environment $name"
             break
@@ -44,22 +45,48 @@ number_of() {
         # what follows is the workers'
         [[ $word != -- ]] || break
         # launch takes an unambiguous beginning of a flag, too
-        [[ $previous != --?* || $flag != "$previous"* ]] || value=$word origin="flag $previous"
-        [[ $word != --?*=* || $flag != "${word%%=*}"* ]] || value=${word#*=} origin="flag ${word%%=*}"
+        [[ $previous != --?* || $flag != "$previous"* ]] || use "$word" "$previous"
+        [[ $word != --?*=* || $flag != "${word%%=*}"* ]] || use "${word#*=}" "${word%%=*}"
         previous=$word
     done
+}
+
+# --nodes may also list nodes, which is no number of them
+use() {
+    [[ $flag == --nodes && -n $1 && ! $1 =~ ^[-+.0-9]+$ ]] || value=$1 origin="flag $2"
+}
+
+refuse() {
+    printf '%s\n' "$origin is '$value'" "  expected: $1" "  fix:      correct $2" >&2
+    exit 64
+}
+
+# Prints a number: `number_of FLAG LEAST DEFAULT VARIABLES...`
+number_of() {
+    local value origin names expected="a positive whole number"
+    find_value "$1" "${@:3}"
     # five digits are more than any cluster has, and don't overflow
-    if [[ ! $value =~ ^0*[0-9]{1,5}$ ]] || ((10#$value < least)); then
+    if [[ ! $value =~ ^0*[0-9]{1,5}$ ]] || ((10#$value < $2)); then
         names=${*:4}
-        ((least > 0)) || expected="0, or $expected"
-        printf '%s\n' "$origin is '$value'" "  expected: $expected, of at most 5 digits" "  fix:      correct $flag or ${names// / or }" >&2
-        exit 64
+        (($2 > 0)) || expected="0, or $expected"
+        refuse "$expected, of at most 5 digits" "$1 or ${names// / or }"
     fi
     printf '%s' "$((10#$value))"
 }
 
+# Prints the roles of the workers, as srun_disaggregated.sh's own --role is weaker than the user's.
+roles_of() {
+    local value origin
+    find_value --role disagg
+    case $value in
+        agg) echo agg ;;
+        disagg) echo prefill decode ;;
+        *) refuse "agg or disagg" --role ;;
+    esac
+}
+
 submit() {
-    local options=() arguments=() dry="" gpus spares nodes role each workers command
+    local options=() arguments=() dry="" gpus spares nodes roles role flag names each workers command
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
     while (($#)); do
         case $1 in
@@ -76,9 +103,13 @@ submit() {
     gpus=$(number_of --gpus-per-node 1 4 NUM_GPUS_PER_NODE)
     spares=$(number_of --spare-nodes 0 0 DYN_MPI_SPARE_NODES NUM_SPARE_NODES)
     nodes=$spares
-    for role in prefill decode; do
-        each=$(number_of "--$role-nodes" 1 2 "NUM_${role^^}_NODES")
-        workers=$(number_of "--$role-workers" 1 1 "NUM_${role^^}_WORKERS")
+    roles=$(roles_of)
+    for role in $roles; do
+        flag=--$role- names=NUM_${role^^}_ each=2
+        # srun_disaggregated.sh has defaults for its own roles alone
+        [[ $role != agg ]] || flag=-- names=NUM_ each=1
+        each=$(number_of "${flag}nodes" 1 "$each" "${names}NODES")
+        workers=$(number_of "${flag}workers" 1 1 "${names}WORKERS")
         nodes=$((nodes + each * workers))
     done
     # a lost node ends the worker that uses it, not the job; without spare nodes Slurm ends the job, and requeues it

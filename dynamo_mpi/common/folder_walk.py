@@ -55,7 +55,9 @@ def fix_for(error: OSError, otherwise: str) -> str:
     return (isinstance(error, UnsafeFileError) and error.fix) or otherwise
 
 
-def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False, mode: int = 0o700) -> int:
+def open_folder(
+    path: str, *, guarded: bool, create: bool, parents: bool = True, sole: bool = False, mode: int = 0o700
+) -> int:
     """Return the descriptor of a directory, see `own_files.OwnFolder`."""
     # the current folder may be gone, and an absolute path doesn't need it
     whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
@@ -68,7 +70,13 @@ def open_folder(path: str, *, guarded: bool, create: bool, sole: bool = False, m
             name = parts.pop()
             try:
                 # the flag has automounts mounted
-                following = _step(name, here, create=create, mode=mode)
+                following = _step(name, here, create=create and (parents or not parts), mode=mode)
+            except FileNotFoundError:
+                if not create or parents:
+                    raise
+                missing = sanitize(os.path.join(place, name), _MOST_SHOWN)
+                text = f"there is no {missing}, and only the last folder of a path is created"
+                raise FileNotFoundError(errno.ENOENT, text) from None
             except NotADirectoryError:
                 links += 1
                 target = _target(os.path.join(place, name), name, here, links)

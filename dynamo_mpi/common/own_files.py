@@ -32,6 +32,7 @@ class OwnFolder:
         path: the directory.
         guarded: it must be this user's, and no other user may write in it or replace it.
         create: create it and the directories before it, for this user only unless ``mode`` says otherwise, where they don't exist.
+        parents: whether to create the directories before it, too.
         sole: as ``guarded``; besides, no group may write in it, on the way to it, or in its files, and it may be root's.
         mode: permissions of directories that it creates, less the umask.
 
@@ -48,11 +49,14 @@ class OwnFolder:
         *,
         guarded: bool = False,
         create: bool = False,
+        parents: bool = True,
         sole: bool = False,
         mode: int = 0o700,
     ) -> None:
         self.path, self._sole = os.fspath(path), sole
-        self._descriptor = open_folder(self.path, guarded=guarded or sole, create=create, sole=sole, mode=mode)
+        self._descriptor = open_folder(
+            self.path, guarded=guarded or sole, create=create, parents=parents, sole=sole, mode=mode
+        )
 
     @classmethod
     def _of(cls, path: str, descriptor: int) -> OwnFolder:
@@ -205,9 +209,9 @@ class OwnFolder:
             return False
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
-    """Create a directory, and those before it, where they don't exist; links of others aren't followed, see `OwnFolder`."""
-    OwnFolder(os.fspath(path) or ".", create=True).close()
+def make_folder(path: str | os.PathLike[str], *, parents: bool = True) -> None:
+    """Create a directory, and those before it unless ``parents`` is false, where they don't exist; see `OwnFolder`."""
+    OwnFolder(os.fspath(path) or ".", create=True, parents=parents).close()
 
 
 def open_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:

@@ -51,7 +51,7 @@ def claim_folder(
             continue
         try:
             if given != OWN_TMPDIR:
-                make_folder(base)
+                make_folder(base, parents=False)
             problem = _problem_of(base, ranks)
             if not problem:
                 return claim(base, name), ""

@@ -78,7 +78,7 @@ class Store:
 
     Args:
         folder: the folder.
-        create: create it, and this user's folder in it, if they are missing.
+        create: create it, and this user's folder in it, if they are missing; not the folders before it, whose names may be misspelt.
 
     Raises:
         StageError: it can't be used: another user can write there, or it isn't on a file system of this node.
@@ -88,7 +88,7 @@ class Store:
     def __init__(self, folder: str, *, create: bool = True) -> None:
         try:
             with (
-                OwnFolder(folder, create=create) as parent,
+                OwnFolder(folder, create=create, parents=False) as parent,
                 parent.subfolder(user_folder(), create=create) as own,
             ):
                 self.path = os.path.realpath(own.path)

@@ -74,6 +74,9 @@ def test_what_can_t_be_staged_ends_the_world(mpirun: Mpirun, tmp_path: Path, mod
     (model / "link").symlink_to("/etc/hostname")
     assert_refused(mpirun.worker(ranks, *words), 75, "link is a link that leaves the model's folder, to /etc/hostname")
     (model / "link").unlink()
+    misspelt = (*words[:-1], str(tmp_path / "scrtch" / "me"))
+    assert_refused(mpirun.worker(ranks, *misspelt), 75, "the model is not staged", f"there is no {tmp_path}/scrtch")
+    assert not (tmp_path / "scrtch").exists()
     (tmp_path / "local").touch()
     assert_refused(mpirun.worker(ranks, *words), 75, "the model is not staged", "local can't be used: Not a directory")
 

@@ -66,6 +66,11 @@ def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
         (("--prefill-nodes", "3", "--prefill-nodes=4"), {"NUM_PREFILL_NODES": "x"}, 6, False),
         (("--", "--spare-nodes", "1"), {}, 4, False),
         (("--run-dir", "a b"), {"NUM_DECODE_NODES": "08"}, 10, False),
+        (("--role", "agg"), {"NUM_PREFILL_NODES": "x"}, 1, False),
+        (("--role=disagg", "--ro", "agg", "--nodes", "3", "--workers=2"), {"NUM_SPARE_NODES": "1"}, 7, True),
+        (("--role=agg",), {"NUM_NODES": "3", "NUM_WORKERS": "2"}, 6, False),
+        (("--role=agg", "--nodes=n[1-9]"), {"NUM_WORKERS": "2"}, 2, False),
+        (("--", "--role", "agg"), {}, 4, False),
     ],
 )
 def test_a_batch_job_asks_for_the_nodes_that_launch_takes(
@@ -78,8 +83,10 @@ def test_a_batch_job_asks_for_the_nodes_that_launch_takes(
     assert (" --no-kill " in done.stdout) == is_kept
 
 
-@pytest.mark.parametrize("words", [("--spare-nodes", "-1"), ("--spare-nodes=x",), ("--gpus-per-node", "0")])
-def test_a_flag_s_number_that_is_none_is_not_submitted(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "words", [("--spare-nodes", "-1"), ("--spare-nodes=x",), ("--gpus-per-node", "0"), ("--role", "both")]
+)
+def test_a_flag_s_value_that_is_none_is_not_submitted(words: tuple[str, ...]) -> None:
     code, said = run("sbatch_disaggregated.sh", "--dry-run", "--", *words)
     assert (code, f"flag {words[0].partition('=')[0]} is '" in said, "  fix: " in said) == (64, True, True), said
 

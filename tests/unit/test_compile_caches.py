@@ -733,6 +733,8 @@ def claimed_in(bases: Sequence[Path | str], ranks: int = 1, **environ: str) -> t
 
 def test_only_a_disk_of_this_node_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert claimed_in([tmp_path]) == (str(tmp_path), "")
+    assert claimed_in([tmp_path / "new"]) == (str(tmp_path / "new"), "")
+    assert f"there is no {tmp_path}/scrtch, and only the last" in claimed_in([tmp_path / "scrtch" / "me"])[1]
     (tmp_path / "file").touch()
     assert claimed_in(["/proc/none", tmp_path / "file" / "x", tmp_path]) == (str(tmp_path), "")
     monkeypatch.setattr(

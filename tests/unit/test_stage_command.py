@@ -99,6 +99,11 @@ def test_doctor_shows_what_is_staged(folder: Path, monkeypatch: pytest.MonkeyPat
     variable = {"DYN_MPI_STAGE": str(folder)}
     assert check() == check(DYN_MPI_STAGE="none") == []
     assert check(**variable) == [Check("staged", Status.OK, f"nothing: {folder} isn't there yet")]
+    (misspelt,) = check(DYN_MPI_STAGE=f"{folder}/me")
+    assert (misspelt.status, misspelt.found) == (
+        Status.WARNING,
+        f"there is no {folder}, in which workers would create {folder}/me",
+    )
     folder.mkdir(0o700)
     assert list(folder.iterdir()) == []
     (first, lock), (_, in_use) = stage(folder, "a"), stage(folder, "b")

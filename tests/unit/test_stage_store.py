@@ -269,6 +269,16 @@ def test_a_folder_that_another_user_could_have_written_is_not_used(tmp_path: Pat
         Store(str(tmp_path / "local"))
 
 
+def test_folders_before_it_are_not_created_as_they_may_be_misspelt(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    for name in ("scrtch/me", "scrtch/me/deeper"):
+        with pytest.raises(StageError, match=f"{name} can't be used: there is no {tmp_path}/scrtch, and only the last"):
+            Store(str(tmp_path / name))
+    assert os.listdir(tmp_path) == ["scratch"]
+    Store(str(tmp_path / "scratch" / "me")).close()
+    assert (tmp_path / "scratch" / "me").is_dir()
+
+
 def test_a_shared_file_system_is_no_place_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_mpi.stage.store.file_system_type", lambda _: "nfs4")
     with pytest.raises(StageError, match=r"on a shared file system \(nfs4\)"):

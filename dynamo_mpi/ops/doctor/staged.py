@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.ops.doctor.check import Check, Context, ok, warning
@@ -31,8 +32,11 @@ def check_staged(context: Context) -> Iterator[Check]:
     try:
         yield judge_staged(read_staged(site.path if site is not None else setting))
     except FileNotFoundError:
-        # a worker creates it
-        yield ok("staged", f"nothing: {setting} isn't there yet")
+        above = os.path.dirname(setting.rstrip("/"))
+        if os.path.isdir(above):
+            yield ok("staged", f"nothing: {setting} isn't there yet")  # a worker creates it
+        else:
+            yield warning("staged", f"there is no {above}, in which workers would create {setting}", _NEEDED, _FIX)
     except (OSError, StageError) as error:
         yield warning("staged", str(error), _NEEDED, _FIX)
 
