@@ -25,9 +25,10 @@ from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.process import DRAIN_SIGNALS, home_variable
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
+from dynamo_mpi.config.variables import known_only, unknown_variables
 from dynamo_mpi.deploy import no_kill
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
-from dynamo_mpi.deploy.dry_run import check_inputs
+from dynamo_mpi.deploy.dry_run import check_inputs, check_worker_flags
 from dynamo_mpi.deploy.excluded import excluded_before
 from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, UNBOUND, Mpirun, Srun, folder_environment, token_of
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -106,6 +107,8 @@ def _refused_at(arguments: argparse.Namespace) -> Path | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for line in unknown_variables(os.environ).values():
+        _say(f"dynamo-mpi launch: warning: {line}")
     count, named = _split_nodes(arguments.agg_nodes)
     settings = read_settings({**vars(arguments), "agg_nodes": count}, arguments.further_words, os.environ)
     if settings.image is not None:
@@ -121,9 +124,11 @@ def _run(arguments: argparse.Namespace) -> int:
     placement = assign(settings, nodes, left_out)
     source = find_source(settings.image, settings.python)
     builder, step_controller = _launcher(settings, nodes, source, path)
+    container = builder.container if isinstance(builder, Srun) else None
+    mounts = None if container is None else container.mounts
+    check_worker_flags(settings, placement, mounts, os.environ)
     if arguments.dry_run:
-        container = builder.container if isinstance(builder, Srun) else None
-        refusal = check_inputs(settings, None if container is None else container.mounts, os.environ)
+        refusal = check_inputs(settings, mounts, known_only(os.environ))
         if refusal is not None:
             _say(f"dynamo-mpi launch: the deployment would be refused:\n{refusal.report}")
             return refusal.code
@@ -190,10 +195,10 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
     if settings.launcher == "slurm":
         # Slurm sets it itself since version 23; an empty value means no limit
         end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
-        yield {**os.environ, **end}
+        yield {**known_only(os.environ), **end}
         return
     with private_dir(prefix=FOLDER_PREFIX) as folder:
-        yield {**folder_environment(folder), **UNBOUND, **os.environ, **home_variable(os.environ)}
+        yield {**folder_environment(folder), **UNBOUND, **known_only(os.environ), **home_variable(os.environ)}
 
 
 def _split_nodes(given: str | None) -> tuple[str | None, str | None]:
@@ -252,7 +257,7 @@ def _launcher(
 
 
 def _variables(begins: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted(name for name in os.environ if name.startswith(begins)))
+    return tuple(sorted(name for name in known_only(os.environ) if name.startswith(begins)))
 
 
 def _show(settings: LaunchSettings, builder: CommandBuilder, placement: Placement, nodes: Nodes, path: Path) -> None:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, ROLE, engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_path, to_path_text, to_text
+from dynamo_mpi.config.variables import unknown_variables
 from dynamo_mpi.layout.engine_layers import EngineLayers
 from dynamo_mpi.layout.library import Worker, read_engine_config
 from dynamo_mpi.layout.model_files import ModelFiles, find_model
@@ -57,11 +59,13 @@ def add_worker_options(parser: argparse.ArgumentParser, *more: Option) -> tuple[
 
 
 def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> dict[str, Any]:
-    """Find the value of each option, flags over environment.
+    """Find the value of each option, flags over environment; warn of misspelt variables.
 
     Raises:
         UsageError: the model is missing, or a value is invalid.
     """
+    for line in unknown_variables(os.environ).values():
+        print(f"dynamo-mpi: warning: {line}", file=sys.stderr)
     values, _ = resolve(options, vars(arguments), os.environ, {})
     if values["model"] is None:
         raise UsageError("no model was given", expected="a model", fix="--model DIR, or MODEL_PATH=DIR")

@@ -142,8 +142,12 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def load_settings(sources: WorkerSources) -> Settings:
+def load_settings(sources: WorkerSources, auto_engine: str = "") -> Settings:
     """Load settings from a command line, environment variables and the settings file that either names.
+
+    Args:
+        sources: these.
+        auto_engine: what the engine ``auto`` is; empty to look whether TensorRT-LLM is here.
 
     Raises:
         UsageError: an unknown flag, an invalid value, no model, or a role that the engine doesn't have.
@@ -160,7 +164,8 @@ def load_settings(sources: WorkerSources) -> Settings:
     values, origins = resolve(options, given, environ, file, sources.early_texts)
     if values["engine"] == "auto":
         # found, not imported: importing it is collective (K1)
-        values["engine"] = "trtllm" if role != "agg" or find_spec("tensorrt_llm") is not None else "reference"
+        is_trtllm = role != "agg" or find_spec("tensorrt_llm") is not None
+        values["engine"] = auto_engine or ("trtllm" if is_trtllm else "reference")
     if passed_on and values["engine"] != "trtllm":
         raise UsageError(
             f"Unrecognized arguments: {' '.join(passed_on)}",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dry run refuses, as the deployment would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
+"""What `launch` refuses before anything starts: flags that the workers would refuse. And what a dry run refuses beside, as the deployment
+would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
 
 Paths are those of the steps. Without an image they are this machine's; with one, those below a mount whose source is here can be looked at.
 """
@@ -12,8 +13,10 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.errors import ModelNotFoundError
-from dynamo_mpi.deploy.step_commands import check_flags, worker_environment
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
+from dynamo_mpi.config.sources import WorkerSources
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.deploy.step_commands import check_flags, worker_environment, worker_flags
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.library import read_engine_config
 from dynamo_mpi.layout.model_files import find_model
@@ -21,6 +24,7 @@ from dynamo_mpi.layout.model_files import find_model
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dynamo_mpi.deploy.nodes import Placement
     from dynamo_mpi.deploy.settings import LaunchSettings
 
 
@@ -34,6 +38,38 @@ class Refusal(NamedTuple):
 
     code: int
     report: str
+
+
+def check_worker_flags(
+    settings: LaunchSettings, placement: Placement, mounts: Sequence[str] | None, environ: Mapping[str, str]
+) -> None:
+    """Read each role's flags and variables as its ranks will, for which they need no GPU and no package.
+
+    Args:
+        settings: the deployment's.
+        placement: its workers.
+        mounts: ``HOST:CONTAINER[:FLAGS]`` of the steps' image; None without an image.
+        environ: this process's environment.
+
+    Raises:
+        UsageError: a worker would refuse one.
+        ConfigFileError: a worker could not use its settings file.
+    """
+    # an image, or another Python, may have TensorRT-LLM, which takes flags that aren't known here
+    auto_engine = "trtllm" if mounts is not None or settings.python is not None else ""
+    for worker in {worker.role: worker for worker in placement.workers}.values():
+        words = worker_flags(settings, worker, "/run")
+        sources = WorkerSources(words, {**environ, **worker_environment(settings)})
+        if sources.file_name:
+            path = _here(sources.file_name, mounts)
+            if path is None or not os.path.exists(path):
+                return  # it may say which engine runs, and thus which flags there are
+            sources = WorkerSources([*words, "--settings", path], sources.environ)
+        try:
+            load_settings(sources, auto_engine)
+        except (ConfigFileError, UsageError) as error:
+            problem = f"each {worker.role} worker would be refused: {error.problem}"
+            raise type(error)(problem, expected=error.expected, fix=error.fix) from None
 
 
 def check_inputs(settings: LaunchSettings, mounts: Sequence[str] | None, environ: Mapping[str, str]) -> Refusal | None:

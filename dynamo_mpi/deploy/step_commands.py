@@ -154,20 +154,19 @@ def ready_file(run_dir: str, worker: Worker) -> str:
 
 def worker_words(settings: LaunchSettings, source: CodeLocation, worker: Worker, run_dir: str) -> tuple[str, ...]:
     """Return the command line of a worker's ranks."""
+    return (*source.entry("start_worker.sh"), *worker_flags(settings, worker, run_dir))
+
+
+def worker_flags(settings: LaunchSettings, worker: Worker, run_dir: str) -> tuple[str, ...]:
+    """Return a worker's flags."""
     engine = () if settings.engine == "auto" else ("--engine", settings.engine)
     return (
-        *source.entry("start_worker.sh"),
         *("--role", worker.role, "--engine-config", worker.engine_config, *engine),
-        *(
-            "--ready-file",
-            ready_file(run_dir, worker),
-            "--failure-dir",
-            f"{run_dir}/failures/{worker.name}",
-            "--timeline",
-            f"{run_dir}/timeline/{worker.name}.html",
-            *settings.worker_args,
-            *_own_failure_dir(worker.name, settings.worker_args),
-        ),
+        *("--ready-file", ready_file(run_dir, worker)),
+        *("--failure-dir", f"{run_dir}/failures/{worker.name}"),
+        *("--timeline", f"{run_dir}/timeline/{worker.name}.html"),
+        *settings.worker_args,
+        *_own_failure_dir(worker.name, settings.worker_args),
     )
 
 

@@ -26,7 +26,7 @@ from dynamo_mpi.deploy.services import Etcd
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from tests.bench.launch_to_verdict import ROOT, environment
 
-MARK = "DYN_MPI_BENCH_MARK"
+MARK = "DYN_BENCH_MARK"
 MOST = 0.02
 READY_SECONDS = 300.0
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
-MARK = "DYN_MPI_TEST_RUN"
+MARK = "DYN_TEST_RUN"
 FULL_SECONDS = 120.0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Staging over hosts, from a slow shared file system: what is read, and what is left when anything dies at any moment.
 
-``--full`` runs 200 random cases, otherwise one of each kind. The seed is in each test's name; ``DYN_MPI_STAGE_SEED`` sets another first one.
+``--full`` runs 200 random cases, otherwise one of each kind. The seed is in each test's name; ``TEST_STAGE_SEED`` sets another first one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RATE, LINK = 24e6, 96e6
 TIMEOUT = 12.0
 # until a stopped helper is killed, and for the start of MPI on a busy machine
 LONGEST = TIMEOUT + GRACE_SECONDS + 45.0
-SEED = int(os.environ.get("DYN_MPI_STAGE_SEED", "20"))
+SEED = int(os.environ.get("TEST_STAGE_SEED", "20"))
 KINDS = ("rank", "helper", "first-helper", "stop", "link", "disk", "read", "change", "feeder")
 # of the others, staging ends by its deadline only
 LANDING = ("rank", "helper", "disk", "change")

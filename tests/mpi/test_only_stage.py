@@ -32,8 +32,9 @@ def test_a_world_stages_and_ends(mpirun: Mpirun, tmp_path: Path, model: Path) ->
     local, ready = tmp_path / "local", tmp_path / "ready.json"
     ready.write_text("of a worker that runs")
     words = ("--only-stage", "--model", str(model), "--stage", str(local), "--ready-file", str(ready))
-    done = mpirun.worker(2, *words)
+    done = mpirun.worker(2, *words, env={"DYN_MPI_STAGEE": "auto"})
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknown variable DYN_MPI_STAGEE, which is ignored: is DYN_MPI_STAGE meant?") == 1
     assert "stage: 1 node has the model (0.0 GiB) in " in done.stderr
     store = Store(str(local))
     assert store.is_complete(scan(str(model)), digests=True)

@@ -85,6 +85,16 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         (("--nodes=-1",), {}, "--nodes is '-1'"),
         (("--dry-run", "--nodes", "1.5"), {}, "--nodes is '1.5'"),
         (("--nodes", "n1", "--hostfile", "x"), {}, "--nodes lists nodes (n1), and the hostfile x does, too"),
+        (
+            ("--dry-run", "--", "--cpu-bind", "bad"),
+            {},
+            "each prefill worker would be refused: flag --cpu-bind is 'bad'",
+        ),
+        (("--", "--drain-timeout=x"), {}, "flag --drain-timeout is 'x'"),
+        (("--", "--trtllm.max_batch_size"), {}, "--trtllm.max_batch_size has no value"),
+        (("--", "stray"), {"IMAGE": "a"}, "'stray' belongs to no flag"),
+        (("--engine", "reference", "--", "--publish-events"), {}, "Unrecognized arguments: --publish-events"),
+        (("--dry-run",), {"DYN_MPI_CPU_BIND": "bad"}, "environment DYN_MPI_CPU_BIND is 'bad'"),
         (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': '[1-' is no further host"),
     ],
 )
@@ -175,3 +185,57 @@ def test_an_empty_list_of_nodes() -> None:
     code, _, error = refused_run("--nodes", "")
     assert code == 64
     assert "--nodes is ''" in error and "'n[1-4]'" in error and "is set" in error
+
+
+@pytest.mark.parametrize("launcher", [(), ("--hostfile", str(HERE / "hostfile"))])
+def test_a_misspelt_variable_is_named_once_and_passed_on_to_no_step(launcher: tuple[str, ...]) -> None:
+    words = [sys.executable, "-m", "dynamo_mpi", "launch", "--dry-run", "--gpus-per-node=1", *launcher]
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **LLAMA, "NUM_DECODE_NODES": "1"}
+    variables |= {
+        "NUM_PREFILL_NODES": "1",
+        "DYN_MPI_STAGEE": "/x",
+        "DYN_MPI_LOG_DIR": "/logs",
+        "DYN_MPI_SKIP_CHECK": "1",
+    }
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
+    warning = "unknown variable DYN_MPI_STAGEE, which is ignored: is DYN_MPI_STAGE meant?"
+    assert done.stderr == f"dynamo-mpi launch: warning: {warning}\n"
+    assert "STAGEE" not in done.stdout
+    assert ("-x DYN_MPI_LOG_DIR" in done.stdout) == bool(launcher)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "code"),
+    [
+        ("engine: reference", ("--kv-events",), 64),
+        ("engine: trtllm", ("--kv-events",), 0),
+        ("engine: trtllm", ("--cpu-bind", "bad"), 64),
+        ("egine: trtllm", (), 65),
+        # where it isn't here, it may say anything
+        (None, ("--kv-events",), 0),
+    ],
+)
+def test_the_workers_settings_file_counts(
+    content: str | None, words: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    config, file = tmp_path / "agg.yaml", tmp_path / "settings.yaml"
+    config.write_text("tensor_parallel_size: 8")
+    if content is not None:
+        file.write_text(content)
+    agg = ("--role", "agg", "--engine-config", str(config), "--", "--settings", str(file), *words)
+    done, _, error = refused_run(*agg)
+    assert done == code, error
+    # in an image it is looked for where it is mounted from
+    inside = tuple(word.replace(str(tmp_path), "/in") for word in agg)
+    done, _, error = refused_run(*inside, IMAGE="a#b", MOUNTS=f"{tmp_path}:/in")
+    assert done == code, error
+
+
+@pytest.mark.parametrize(("image", "code"), [("", 64), ("a#b", 0)])
+def test_flags_of_an_engine_that_may_be_in_the_image(image: str, code: int, tmp_path: Path) -> None:
+    config = tmp_path / "agg.yaml"
+    config.write_text("tensor_parallel_size: 8")
+    words = ("--role", "agg", "--engine-config", str(config), "--", "--kv-events")
+    done, _, error = refused_run(*words, IMAGE=image, MOUNTS=f"{tmp_path}:{tmp_path}")
+    assert done == code, error
+    assert ("Unrecognized arguments: --kv-events" in error) == (code == 64)

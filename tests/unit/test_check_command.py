@@ -663,3 +663,10 @@ def test_the_process_prints_and_exits_as_the_function(check: Check) -> None:
     code, out, _ = check.run(*words[1:])
     done = subprocess.run([sys.executable, "-m", "dynamo_mpi", *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (code, out) == (78, out)
+
+
+def test_a_misspelt_variable_is_named(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYN_MPI_ENGIN", "reference")
+    code, out, err = check.run("--model", check.model("Llama-3.1-8B"), "--output", "json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    assert err == "dynamo-mpi: warning: unknown variable DYN_MPI_ENGIN, which is ignored: is DYN_MPI_ENGINE meant?\n"

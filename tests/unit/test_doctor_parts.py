@@ -473,6 +473,9 @@ def test_variables_that_harm() -> None:
         "TLLM_DISABLE_MPI",
         "DYN_MPI_FAULT",
     ]
+    misspelt, _ = environment.check_variables(Context({"DYN_MPI_STAGEE": "/x", "DYN_MPI_STAGE": "/x"}))
+    assert (misspelt.id, misspelt.status) == ("DYN_MPI_STAGEE", Status.WARNING)
+    assert "is DYN_MPI_STAGE meant?" in misspelt.found
     mca = environment.describe_mca({"OMPI_MCA_btl": "s3cret", "PATH": ""})
     assert mca.found == "set: OMPI_MCA_btl"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.config.options import Option, read_flags
 from dynamo_mpi.config.sources import WorkerSources
+from dynamo_mpi.config.variables import KNOWN, known_only, unknown_variables
 from dynamo_mpi.config.worker import Settings, build_parser, load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
+from tests.contracts.commands import settings as golden_settings
 
 MODEL = ("--model", "/m/Name")
 # a value that each option takes, other than its default
@@ -493,3 +496,30 @@ def test_usual_command_lines_need_no_argparse() -> None:
     }
     for option in negatable:
         assert read_flags(OPTIONS, [f"--no-{option.flags[0].removeprefix('--')}"]) == {option.name: "false"}
+
+
+def test_all_variables_of_ours_are_known_and_no_others() -> None:
+    """Among them those that the project sets for what it starts; rank 0 can't import all options."""
+    documented = set(re.findall(r"DYN_MPI_\w+", golden_settings()))
+    assert {f"DYN_MPI_{name}" for name in KNOWN} == documented
+    environ = dict.fromkeys(documented, "") | {"DYN_STAGEE": "", "MPI_STAGEE": ""}
+    assert (unknown_variables(environ), known_only(environ)) == ({}, environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("DYN_MPI_STAGEE", "is DYN_MPI_STAGE meant?"),
+        ("DYN_MPI_LOGDIR", "is DYN_MPI_LOG_DIR meant?"),
+        ("DYN_MPI_SPARES", "is DYN_MPI_SPARE_NODES meant?"),
+        ("DYN_MPI_stage", "docs/reference/settings.md has the names"),
+        ("DYN_MPI_", "docs/reference/settings.md has the names"),
+        ("DYN_MPI_" + "X" * 10_000, "docs/reference/settings.md has the names"),
+    ],
+)
+def test_a_misspelt_variable_comes_with_the_one_that_was_probably_meant(name: str, fix: str) -> None:
+    (warning,) = unknown_variables({name: "x", "DYN_MPI_STAGE": "y"}).values()
+    assert warning.startswith(f"unknown variable {name[:50]}")
+    assert warning.endswith(f", which is ignored: {fix}")
+    assert len(warning) < 200
+    assert known_only({name: "x", "DYN_MPI_STAGE": "y"}) == {"DYN_MPI_STAGE": "y"}

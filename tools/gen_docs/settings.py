@@ -31,7 +31,8 @@ Where a value comes from, strongest first:
 
 Only rank 0 reads settings; what the other ranks need to know they learn from it, and a command line that isn't the same on all ranks is
 refused (P4). A value that an option doesn't take is refused with 64, and the message says whether it came from a flag, a variable or the
-file. Seconds may have a fraction.
+file. Seconds may have a fraction. A `DYN_MPI_*` variable that isn't on this page is ignored; `launch`, `check`, `doctor` and rank 0 warn of
+it, with the name that was probably meant.
 """
 _ENGINE_ORDER = """
 The sizes and limits in it (`--tensor-parallel-size` and so on) are Dynamo's flags. The engine config is laid

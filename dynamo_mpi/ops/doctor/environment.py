@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.config.variables import unknown_variables
 from dynamo_mpi.discovery.etcd import etcd_endpoints
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, ok, skipped, warning
@@ -72,7 +74,7 @@ HARMS = (
 
 def check_variables(context: Context) -> Iterator[Check]:
     """Check for harmful variables."""
-    found = list(judge_variables(context.environ, in_rank=context.in_rank))
+    found = [*judge_variables(context.environ, in_rank=context.in_rank), *judge_names(context.environ)]
     yield from found or [ok("variables", "none that is known to harm")]
     yield describe_mca(context.environ)
 
@@ -83,6 +85,14 @@ def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Ch
         value = environ.get(harm.name, "")
         if harm.when(value) and not (harm.launched and in_rank):
             yield warning(harm.name, f"{harm.name} is set", harm.expected, f"unset {harm.name}")
+
+
+def judge_names(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Evaluate the names of this project's variables."""
+    for name, found in unknown_variables(environ).items():
+        yield warning(
+            sanitize(name, 60), found, "names of docs/reference/settings.md", f"correct or unset {shell_word(name)}"
+        )
 
 
 def describe_mca(environ: Mapping[str, str]) -> Check:
