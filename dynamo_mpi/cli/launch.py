@@ -28,7 +28,6 @@ from dynamo_mpi.config.options import add_options
 from dynamo_mpi.config.variables import known_only, unknown_variables
 from dynamo_mpi.deploy import no_kill
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
-from dynamo_mpi.deploy.dry_run import check_inputs, check_worker_flags
 from dynamo_mpi.deploy.excluded import excluded_before
 from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, UNBOUND, Mpirun, Srun, folder_environment, token_of
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -43,6 +42,7 @@ from dynamo_mpi.deploy.nodes import (
     of_hostfile,
 )
 from dynamo_mpi.deploy.pyxis import Container, mount, read_user_options, resolve_image
+from dynamo_mpi.deploy.refusals import check_inputs, check_root, check_worker_flags
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
@@ -134,6 +134,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return refusal.code
         _show(settings, builder, placement, nodes, path)
         return 0
+    if settings.launcher == "mpirun":
+        with _environment(settings) as environ:
+            check_root(settings.mpirun, environ)
     if settings.no_kill and settings.launcher == "slurm" and (problem := no_kill.warning(os.environ)):
         _say(f"dynamo-mpi launch: warning: {problem}")
     with contextlib.closing(RunDir(path)) as run_dir:

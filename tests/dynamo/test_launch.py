@@ -25,6 +25,7 @@ from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
 from tests.dynamo.running import eventually, pem_lines, started_with
+from tests.unit.neighbour import needs_root
 
 pytestmark = pytest.mark.dynamo
 # one rank of each role on each "host"
@@ -145,6 +146,23 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert "failed: rank 0 on " in picture
         assert "was killed by signal 9 (SIGKILL)" in picture
         assert "prefill-0 recovery" in picture
+
+
+@needs_root
+@pytest.mark.parametrize("words", [(), ("--mpirun", f"{find_mpirun()} --allow-run-as-root")])
+def test_an_mpirun_that_refuses_root_is_named_before_anything_starts(tmp_path: Path, words: Sequence[str]) -> None:
+    with LaunchCommand(tmp_path, tmp_path, *words, OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="") as launch:
+        code = launch.wait(60)
+    if words:
+        assert (code, "check refused" in launch.err) == (66, True), "there is no model, and that is all"
+        return
+    assert code == 64
+    assert launch.err == (
+        f"dynamo-mpi: {find_mpirun()} refuses to run as root\n"
+        "  expected: a user other than root; or, as in a container, both variables with which Open MPI allows it\n"
+        "  fix:      export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1\n"
+    )
+    assert {path.name for path in launch.run_dir.iterdir()} == {"ended.json", "lock"}
 
 
 @pytest.mark.full

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `launch` refuses before anything starts: flags that the workers would refuse. And what a dry run refuses beside, as the deployment
-would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
+"""What `launch` refuses before anything starts: flags that the workers would refuse, and an mpirun that doesn't run as root. And what a dry
+run refuses beside, as the deployment would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
 
 Paths are those of the steps. Without an image they are this machine's; with one, those below a mount whose source is here can be looked at.
 """
@@ -8,6 +8,7 @@ Paths are those of the steps. Without an image they are this machine's; with one
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.deploy.nodes import Placement
     from dynamo_mpi.deploy.settings import LaunchSettings
+
+
+_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+_MPIRUN_SECONDS = 30.0
 
 
 class Refusal(NamedTuple):
@@ -70,6 +75,33 @@ def check_worker_flags(
         except (ConfigFileError, UsageError) as error:
             problem = f"each {worker.role} worker would be refused: {error.problem}"
             raise type(error)(problem, expected=error.expected, fix=error.fix) from None
+
+
+def check_root(mpirun: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Have mpirun start a program, if this is root and it may refuse: Open MPI does, unless it is allowed in one of several ways.
+
+    Args:
+        mpirun: its words.
+        environ: its environment.
+
+    Raises:
+        UsageError: it refuses.
+    """
+    if os.geteuid() != 0 or all(environ.get(name) == "1" for name in _AS_ROOT) or "--allow-run-as-root" in mpirun:
+        return
+    try:
+        command = [*mpirun, "-n", "1", "true"]
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, errors="replace", timeout=_MPIRUN_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return  # for other reasons, which its first step shows
+    if "attempt to run as root" in done.stdout + done.stderr:
+        raise UsageError(
+            f"{shlex.join(mpirun)} refuses to run as root",
+            expected="a user other than root; or, as in a container, both variables with which Open MPI allows it",
+            fix=f"export {' '.join(f'{name}=1' for name in _AS_ROOT)}",
+        )
 
 
 def check_inputs(settings: LaunchSettings, mounts: Sequence[str] | None, environ: Mapping[str, str]) -> Refusal | None:
