@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import MISTAKES, ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure, first_line, is_secondary, root_cause
+from dynamo_mpi.common.xids import GpuError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class RankReport(NamedTuple):
         time: when it was detected, in seconds since 1970.
         is_composed: whether it is the report of the whole worker, which names the first cause.
         text: the report's text, if it is composed.
+        gpu_errors: Xids of the worker's GPUs before the failure.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class RankReport(NamedTuple):
     time: float
     is_composed: bool = False
     text: str = ""
+    gpu_errors: tuple[GpuError, ...] = ()
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> RankReport:
@@ -71,6 +74,7 @@ class RankReport(NamedTuple):
             float(content["time"]),
             text is not None,
             str(text or ""),
+            tuple(map(GpuError.of, content.get("gpu_errors") or ())),
         )
 
 
@@ -122,6 +126,7 @@ class Blame:
         cause: a text that is the same for the same cause in another start: without numbers and hosts.
         error: the error, in a line.
         suspects: nodes that a report names as lost, or unfit in the hardware check.
+        unfit: nodes with a GPU that needs a reset or a repair, according to the driver, each with the Xid.
         is_mistake: whether another start would end the same way, wherever it runs.
         is_killed: whether a rank was killed by SIGKILL, and the others' report shows that all hosts answered: that is no node's fault.
     """
@@ -135,6 +140,7 @@ class Blame:
     suspects: tuple[str, ...] = ()
     is_mistake: bool = False
     is_killed: bool = False
+    unfit: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.rank >= 0 else "a rank"
@@ -155,6 +161,8 @@ def blame(evidence: Evidence) -> Blame:
     if report is None:
         return _of_launcher(evidence)
     code = report.code if evidence.code not in MISTAKES and report.code in MISTAKES else evidence.code
+    if code not in MISTAKES and (broken := _broken(evidence)):
+        return _of_gpus(evidence, report, broken)
     host = evidence.node_of(report.host, report.rank)
     lost = [evidence.node_of(each.host, each.rank) for each in evidence.reports if each.cause is _LOST]
     named = _named(report.text or report.error, evidence.nodes) if report.phase == _HARDWARE else []
@@ -172,6 +180,31 @@ def blame(evidence: Evidence) -> Blame:
         tuple(dict.fromkeys(node for node in (*lost, *named) if node)),
         code in MISTAKES and report.phase != _HARDWARE,
         is_killed and report.is_composed and evidence.is_reported and not lost,
+    )
+
+
+def _broken(evidence: Evidence) -> dict[str, GpuError]:
+    """Return the worker's nodes with a GPU that needs a reset or a repair, each with its first error, in the order of the errors."""
+    errors = {error for report in evidence.reports for error in report.gpu_errors if error.may_be_cause()}
+    found: dict[str, GpuError] = {}
+    for error in sorted(errors, key=lambda error: error.at):
+        if node := evidence.node_of(error.host, -1):
+            found.setdefault(node, error)
+    return found
+
+
+def _of_gpus(evidence: Evidence, report: RankReport, broken: Mapping[str, GpuError]) -> Blame:
+    """Blame the node whose GPU failed first: ranks elsewhere, which wait for it, may have noticed it before."""
+    host, error = next(iter(broken.items()))
+    is_there = evidence.node_of(report.host, report.rank) == host
+    return Blame(
+        evidence.code,
+        report.rank if is_there else -1,
+        host,
+        report.phase,
+        f"xid {error.xid}",
+        str(error),
+        unfit={node: str(each) for node, each in broken.items()},
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.deploy.excluded import ExcludedNode, exclude
 from dynamo_mpi.deploy.recovery import (
     Degrade,
     FailureEvent,
     MoveToSpare,
+    NodeHealth,
     RestartInPlace,
     Situation,
     Stop,
@@ -25,9 +26,24 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.blame import Blame
     from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
     from dynamo_mpi.deploy.nodes import Placement, Worker
-    from dynamo_mpi.deploy.recovery import Action, NodeHealth
+    from dynamo_mpi.deploy.recovery import Action
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.spares import SparePool
+
+
+class _Case(NamedTuple):
+    """A failure, until it is decided what follows.
+
+    Args:
+        event: the failure.
+        inquiry: asks the nodes; None if nothing depends on them.
+        unfit: nodes that needn't be asked, as the driver has called a GPU broken, each with the reason.
+    """
+
+    event: FailureEvent
+    inquiry: Inquiry | None
+    unfit: Mapping[str, str]
+
 
 # of the history: an hour of failures in a row
 _MOST_EVENTS = 1000
@@ -60,7 +76,7 @@ class FailureHandler:
         self._excluded = list(excluded)
         self._events: list[FailureEvent] = []
         self._drained: set[str] = set()
-        self._inquiries: dict[str, tuple[FailureEvent, Inquiry | None]] = {}
+        self._cases: dict[str, _Case] = {}
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -140,12 +156,12 @@ class FailureHandler:
         self._events = [*self._events[-_MOST_EVENTS:], event]
         inquiry = None
         if self._has_questions(worker, found):
-            asked = {node for _, other in self._inquiries.values() if other is not None for node in other.nodes}
+            asked = {node for case in self._cases.values() if case.inquiry is not None for node in case.inquiry.nodes}
             # those that are being made ready compute
             idle = [node for node in self.nearest_spares(found.host) if node in self.spares.ready and node not in asked]
-            nodes = (*worker.nodes, *idle[: len(worker.nodes)])
+            nodes = (*(node for node in worker.nodes if node not in found.unfit), *idle[: len(worker.nodes)])
             inquiry = self.prober.begin(nodes, environment, found.suspects)
-        self._inquiries[worker.name] = (event, inquiry)
+        self._cases[worker.name] = _Case(event, inquiry, found.unfit)
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
         """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.
@@ -154,9 +170,9 @@ class FailureHandler:
             worker: the worker.
             others: other workers of its role that serve, or will.
         """
-        if worker.name not in self._inquiries:
+        if worker.name not in self._cases:
             return None
-        event, inquiry = self._inquiries[worker.name]
+        event, inquiry, unfit = self._cases[worker.name]
         health: tuple[NodeHealth, ...] | None = ()
         if inquiry is not None:
             for node in set(inquiry.nodes) - {*worker.nodes, *self.spares.available}:
@@ -164,7 +180,8 @@ class FailureHandler:
             health = inquiry.poll()
         if health is None:
             return None
-        del self._inquiries[worker.name]
+        del self._cases[worker.name]
+        health = (*health, *(NodeHealth(node, why) for node, why in unfit.items()))
         self._leave_out_spares(health)
         before = tuple(other for other in self._events if other is not event)
         # a bad node is the cause, whichever node was blamed
@@ -203,14 +220,14 @@ class FailureHandler:
 
     def is_open(self, worker: str) -> bool:
         """Return whether it isn't decided yet what follows a worker's failure."""
-        return worker in self._inquiries
+        return worker in self._cases
 
     def close(self) -> None:
         """End all probes."""
-        for _, inquiry in self._inquiries.values():
-            if inquiry is not None:
-                inquiry.close()
-        self._inquiries.clear()
+        for case in self._cases.values():
+            if case.inquiry is not None:
+                case.inquiry.close()
+        self._cases.clear()
 
     def describe(self) -> dict[str, Any]:
         """Return what `deployment.json` says about nodes, as plain data."""

@@ -65,15 +65,14 @@ def run_follower(
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-        world.gather(
-            collect_rank_report(ReportRequest.unpack(message[1:]), launch, context.argv, context.mpi_version).pack()
-        )
+        report = collect_rank_report(ReportRequest.unpack(message[1:]), launch, context.argv, context.mpi_version)
+        world.gather(report.pack())
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
     # imported after the preflight result, as every file that a rank opens before counts
     from dynamo_mpi.common.log_writer import log_writer
-    from dynamo_mpi.runtime.rank_binding import bind_to_gpu
+    from dynamo_mpi.runtime.rank_binding import bind_to_gpu, watch_gpus
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
     from dynamo_mpi.supervisor.signals import SignalThread, signals_of
@@ -95,6 +94,7 @@ def run_follower(
         fault.follow(heartbeat)
     signals.begin(partial(_forward_signal, agent, heartbeat))
     bind_to_gpu(context, spec)
+    watch_gpus(context, report)
     try:
         caches = _begin_caches(context, spec, heartbeat) if spec.caches else None
         staging = _begin_staging(world, spec) if spec.stage else None

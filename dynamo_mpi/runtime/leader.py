@@ -28,7 +28,7 @@ from dynamo_mpi.runtime.engine_choice import check_engine_installed, describe_re
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
 from dynamo_mpi.runtime.leader_caches import LeaderCaches
 from dynamo_mpi.runtime.leader_staging import LeaderStaging, settings_to_only_stage
-from dynamo_mpi.runtime.rank_binding import announce_binding, bind_to_gpu
+from dynamo_mpi.runtime.rank_binding import announce_binding, bind_to_gpu, watch_gpus
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class LeaderRank:
             spec = spec._replace(bind=bind, stage=stage, caches=caches.plan(result.subject, inputs, reports))
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
             bind_to_gpu(self._context, spec)
+            watch_gpus(self._context, reports[0])
             caches.begin()
             staging.begin()
         if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):

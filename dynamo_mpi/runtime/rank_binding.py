@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where ranks are bound to their GPUs' CPUs: rank 0 logs what was decided, and every rank binds itself.
+"""What ranks do about their GPUs after the verdict, apart from the engine: they bind themselves to their GPUs' CPUs (see `checks.bind_rank`),
+and the first one of each node has the node's agent listen for errors of the GPUs.
 
-It happens after the verdict (see `checks.bind_rank`); most of what it needs is imported only then, and only if ranks are to be bound.
+What it needs is imported only then, and only if ranks have GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.checks.binding import RankBinding
+    from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.supervisor.context import RankContext
@@ -36,3 +38,18 @@ def bind_to_gpu(context: RankContext, spec: EngineSpec) -> None:
         from dynamo_mpi.checks.bind_rank import bind_rank
 
         bind_rank(spec.bind, context.world.rank, os.environ, context.log.warning, context.log.debug)
+
+
+def watch_gpus(context: RankContext, report: RankReport) -> None:
+    """Let the node's agent listen for errors of the GPUs that its ranks use. For every rank; the first one of each node does it.
+
+    Args:
+        context: this rank's context.
+        report: its report of the preflight.
+    """
+    if report.gpu_facts and context.launch.local_rank in (0, None):
+        from dynamo_mpi.checks.gpu_facts import NodeGpus
+
+        gpus = NodeGpus.unpack(report.gpu_facts)
+        if uuids := [gpu.uuid for gpu in gpus.visible_gpus or gpus.gpus]:
+            context.agent.send(f"gpus {' '.join(uuids)}")

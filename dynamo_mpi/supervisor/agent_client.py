@@ -41,7 +41,7 @@ _FRAMES = 12
 _PUBLISH_SECONDS = 2.0
 _MARK_BYTES = 8
 # the rank's state, in the order in which a new agent must receive it
-_STATE_KEYS = ("rank", "segments", "phase", "agents", "preflight_done", "leases", "reported", "caches")
+_STATE_KEYS = ("rank", "segments", "phase", "agents", "preflight_done", "leases", "reported", "caches", "gpus")
 
 
 class NodeAgentClient:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -13,6 +14,7 @@ from dynamo_mpi.supervisor.failure_reports import died_with_agent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.common.xids import GpuError
     from dynamo_mpi.supervisor.agent_peers import LostAgent
 
 
@@ -20,6 +22,7 @@ MAX_TEXT = 4000
 """Largest number of characters of a failure's text that node agents exchange."""
 _MAX_REPORT = 8000
 _MAX_CONSEQUENCES = 8
+_MAX_GPU_ERRORS = 8
 
 
 class ObservedFailure(NamedTuple):
@@ -39,6 +42,7 @@ class Report(NamedTuple):
         consequences: the failures that followed from it.
         reporter: the rank under whose name the report is logged.
         reporter_host: the reporter's node.
+        gpu_errors: what the driver has reported of the ranks' GPUs before, see `with_gpu_errors`.
     """
 
     failure: Failure
@@ -47,6 +51,7 @@ class Report(NamedTuple):
     consequences: tuple[ObservedFailure, ...]
     reporter: int
     reporter_host: str
+    gpu_errors: tuple[GpuError, ...] = ()
 
 
 def first_of_each_rank(observed: Sequence[ObservedFailure]) -> list[ObservedFailure]:
@@ -105,6 +110,16 @@ def explain_signal(report: Report, observed: Sequence[ObservedFailure], phase: s
         return report
     known = (*observed, ObservedFailure(report.failure, report.host), *report.consequences)
     return compose_report(first_of_each_rank(known), phase)
+
+
+def with_gpu_errors(report: Report, errors: Sequence[GpuError]) -> Report:
+    """Add what the driver has reported of the ranks' GPUs before a failure, the latest ones; those that may be its cause first."""
+    if not errors:
+        return report
+    failed = report.failure.at
+    shown = tuple(sorted(errors, key=lambda error: not error.may_be_cause(failed)))
+    lines = [f"    {error} of {error.host}, {max(0.0, failed - error.at):.1f} s before" for error in shown]
+    return report._replace(text="\n".join([report.text, "  GPU errors by the driver:", *lines]), gpu_errors=shown)
 
 
 def encode_observed(observed: ObservedFailure) -> str:
@@ -187,6 +202,7 @@ class History:
 
     Attributes:
         phase: the world's phase, which is rank 0's; empty if it isn't known.
+        gpu_errors: Xids of the ranks' GPUs, as the agents report them.
     """
 
     def __init__(self, size: int) -> None:
@@ -194,11 +210,20 @@ class History:
         self.phase = ""
         self._phases: list[tuple[float, str]] = []
         self._signalled_at: dict[int, float] = {}
+        self.gpu_errors: list[GpuError] = []
 
     def note_phase(self, phase: str) -> None:
         """Record that a phase begins."""
         self.phase = phase
         self._phases.append((time.monotonic(), phase))
+
+    def note_gpu_error(self, content: object) -> None:
+        """Record an Xid, which `GpuError.as_document` has encoded just now."""
+        # an agent of a worker without GPUs, and every rank, does without it
+        from dynamo_mpi.common.xids import GpuError
+
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            self.gpu_errors = [*self.gpu_errors[1 - _MAX_GPU_ERRORS :], GpuError.of(content, time.monotonic())]
 
     def phase_at(self, when: float) -> str:
         """Return the phase at a time. Later phases may be consequences: after a death, the launcher's signal to rank 0 starts a drain."""

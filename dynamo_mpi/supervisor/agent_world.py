@@ -27,6 +27,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_observed,
     explain_signal,
     first_of_each_rank,
+    with_gpu_errors,
     with_lost_agents,
 )
 from dynamo_mpi.supervisor.agent_peers import HUB, AgentPeers
@@ -85,8 +86,7 @@ class WorldWatch:
         writer: ReportWriter,
         rendezvous: Rendezvous,
     ) -> None:
-        self._launch, self._local_ranks, self._writer = launch, local_ranks, writer
-        self._host = local_ranks.host
+        self._launch, self._local_ranks, self._writer, self._host = launch, local_ranks, writer, local_ranks.host
         self.rendezvous, self.history = rendezvous, History(launch.size)
         self.decide_at = self._keep_until = math.inf
         self.reported = self.closing = self._rank0_lost = False
@@ -107,9 +107,8 @@ class WorldWatch:
     @property
     def is_waiting(self) -> bool:
         """Whether an agent without ranks must stay: a decision is due, or the cause of their exit isn't reported yet."""
-        if time.monotonic() < self._print_until:
-            return True
-        if self.decide_at < math.inf and not (self.reported and not self._peers.exist):
+        is_due = self.decide_at < math.inf and not (self.reported and not self._peers.exist)
+        if is_due or time.monotonic() < self._print_until:
             return True
         settled = self.closing or self.reported or not self._peers.exist or not self._observed
         return not settled and time.monotonic() < self._keep_until
@@ -152,6 +151,11 @@ class WorldWatch:
         self.history.note_signal(rank)
         self._peers.broadcast({"signalled": rank})
 
+    def note_gpu_error(self, document: dict[str, Any]) -> None:
+        """Record an Xid of this node that `GpuError.as_document` has encoded just now, and send it to the other agents."""
+        self.history.note_gpu_error(document)
+        self._peers.broadcast({"gpu_error": document})
+
     def publish(self, report: Report, on_logged: Callable[[], object]) -> None:
         """Write rank 0's report unless one is written already; then call ``on_logged``."""
         if self.reported:
@@ -171,6 +175,7 @@ class WorldWatch:
         # the lost hub, or a deputy before a new hub, may have written a report: then etcd has it
         is_alone = self._peers.exist and not self._peers.agents
         only_if_first = by is None and (self._peers.is_deputy or is_alone)
+        report = with_gpu_errors(report, self.history.gpu_errors)
         self._pending_report = self._writer.publish(
             report, self.rendezvous, by, on_logged, self._peers.wake, for_node=for_node, only_if_first=only_if_first
         )
@@ -254,8 +259,7 @@ class WorldWatch:
             observed = with_lost_agents(first_of_each_rank(self._observed), self._peers.lost)
             # before the preflight result each rank has a phase of its own
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
-            report = compose_report(observed, phase)
-            self.report(report)
+            self.report(report := compose_report(observed, phase))
             # a launcher that noticed a death ends the others by itself, with the better exit code
             delay = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
             self.decide_at = time.monotonic() + delay
@@ -285,9 +289,8 @@ class WorldWatch:
 
     def _decide_soon(self) -> None:
         agents = self._peers.agents
-        delay = _SETTLE_SECONDS if agents else _NO_AGENTS_SETTLE_SECONDS
-        if not self._peers.exist:
-            delay = _SINGLE_NODE_SETTLE_SECONDS
+        alone = _NO_AGENTS_SETTLE_SECONDS if self._peers.exist else _SINGLE_NODE_SETTLE_SECONDS
+        delay = _SETTLE_SECONDS if agents else alone
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
         if not self._unanswered:
             self._unanswered = set(agents)
@@ -297,13 +300,8 @@ class WorldWatch:
         """Schedule a decision in place of the hub, if the hub is lost together with rank 0 or its successor doesn't join."""
         if self._peers.has_hub and not self._rank0_lost:
             return
-        delay = (
-            _HUB_REPORT_SECONDS
-            if self._peers.has_hub
-            else _HUB_GONE_SECONDS
-            if self._rank0_lost
-            else _SUCCESSOR_SECONDS
-        )
+        gone = _HUB_GONE_SECONDS if self._rank0_lost else _SUCCESSOR_SECONDS
+        delay = _HUB_REPORT_SECONDS if self._peers.has_hub else gone
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
 
     # -- the other agents, see `PeerEvents` -----------------------------------------------------------------------------
@@ -328,6 +326,8 @@ class WorldWatch:
         if message.get("reported"):
             self.reported, self.decide_at = True, math.inf
             self._wait_for_printing()
+        if "gpu_error" in message:
+            self.history.note_gpu_error(message["gpu_error"])
         if isinstance(code := message.get("end"), int):
             self._local_ranks.end(code)
 

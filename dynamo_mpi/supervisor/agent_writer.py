@@ -8,7 +8,7 @@ import threading
 import time
 from functools import partial
 
-from dynamo_mpi.common.light_typing import TYPE_CHECKING
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.log_record import Level
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed, start_thread
@@ -146,7 +146,9 @@ class ReportWriter:
     @staticmethod
     def _write_file(report: Report, rendezvous: Rendezvous, by: int | None, *, keep: bool) -> None:
         later = [as_document(each.failure, each.host) for each in report.consequences]
-        whole = {"report": report.text, "consequences": later}
+        whole: dict[str, Any] = {"report": report.text, "consequences": later}
+        if report.gpu_errors:
+            whole["gpu_errors"] = [error.as_document(report.failure.at) for error in report.gpu_errors]
         write_failure(rendezvous, report.failure, report.host, by=by, report=whole, keep=keep)
 
     def _run_in_order(self, task: Callable[[], object]) -> None:

@@ -71,18 +71,16 @@ class NodeAgent:
         observer: RankObserver | None = None,
     ) -> None:
         self._launch, self._host, self._world_timeout = launch, host, settings.world_timeout
-        self._selector = selectors.DefaultSelector()
-        self._writer = ReportWriter(settings.log_dir)
+        self._selector, self._writer = selectors.DefaultSelector(), ReportWriter(settings.log_dir)
         rendezvous = Rendezvous(host, heartbeat_timeout=settings.heartbeat_timeout, failure_dir=settings.failure_dir)
         local_ranks = LocalRanks(host, self._end_local_ranks, self._rank0_reports)
         self._watch = WorldWatch(self._selector, launch, local_ranks, self._writer, rendezvous)
-        self._ranks: list[LocalRank] = []
-        self._disconnected: list[LocalRank] = []
+        self._ranks, self._disconnected = list[LocalRank](), list[LocalRank]()
         # ranks that have closed their connection and whose process still runs
         self._exiting: set[LocalRank] = set()
         self._exit_deadline = 0.0
         self._segments: frozenset[str] = frozenset()
-        self._lost_ranks, self._started_at = False, time.monotonic()
+        self._lost_ranks, self._started_at, self._xids = False, time.monotonic(), cast("object", None)
         self._decide_at = self._kill_at = self._stop_at = self._reported_at = math.inf
         self._observer, self._first = observer, self._add_rank(first)
         if listener is not None:
@@ -226,6 +224,10 @@ class NodeAgent:
             self._watch.publish(report, lambda: local.send("published"))
         elif key == "rank0_lost" and (observed := decode_observed(value)) is not None:
             self._watch.on_rank0_lost(observed)
+        elif key == "gpus" and not self._xids:
+            from dynamo_mpi.supervisor.xid_watch import XidWatch
+
+            self._xids = XidWatch(self._selector, self._host, value.split(), self._watch.note_gpu_error)
 
     def _on_disconnect(self, local: LocalRank) -> None:
         """Remove a rank that has disconnected, and decide whether it failed."""

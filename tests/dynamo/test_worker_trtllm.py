@@ -7,6 +7,7 @@ Another Dynamo can be laid over the installed one by PYTHONPATH.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -54,10 +55,11 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
         "TMPDIR": str(temporary),
     }
 
-    def begin(*flags: str, ranks: int = RANKS, **environment: str) -> RunningWorker:
+    def begin(*flags: str, ranks: int = RANKS, has_gpus: bool = False, **environment: str) -> RunningWorker:
         folder = tmp_path / f"worker-{len(workers)}"
         folder.mkdir()
-        workers.append(RunningWorker(folder, etcd, model_dir, ranks, *FLAGS, *flags, **{**usual, **environment}))
+        flags = (*(flag for flag in FLAGS if flag != "--allow-no-gpu" or not has_gpus), *flags)
+        workers.append(RunningWorker(folder, etcd, model_dir, ranks, *flags, **{**usual, **environment}))
         return workers[-1]
 
     yield begin
@@ -308,6 +310,36 @@ def test_tensorrt_llms_own_hard_kill_is_reported_first(
     block = worker.text().partition(report)[2]
     assert f"    {said}\n" in block, block
     assert session_members(worker.process.pid) == []
+
+
+def test_what_the_driver_says_of_a_gpu_is_in_the_report_of_the_failure(start: Start, tmp_path: Path) -> None:
+    size, nvml, failures = 80 << 30, tmp_path / "node.json", tmp_path / "failures"
+    gpu = {
+        "name": "NVIDIA H100 80GB HBM3",
+        "sm": [9, 0],
+        "total": size,
+        "free": size,
+        "used": 0,
+        "processes": [],
+        "mig": 0,
+    }
+    gpus = [{**gpu, "uuid": f"GPU-{number}"} for number in range(RANKS)]
+    node = {"driver": "580.1", "cuda": 13000, "gpus": gpus}
+    nvml.write_text(json.dumps(node))
+    flags = ("--probe", "none", "--failure-dir", str(failures))
+    worker = start(*flags, has_gpus=True, PYNVML_STANDIN=str(nvml))
+    worker.ready()
+    nvml.with_suffix(".new").write_text(json.dumps({**node, "xids": [["GPU-1", 79]]}))
+    nvml.with_suffix(".new").replace(nvml)
+    said = "Xid 79 (GPU has fallen off the bus) on GPU 1 (GPU-1)"
+    eventually(lambda: f"warning: the NVIDIA driver reports {said}" in worker.text(), "the agent has heard of it")
+    os.kill(worker.ranks()[1], signal.SIGKILL)
+    assert worker.wait() != 0
+    assert re.search(rf"  GPU errors by the driver:\n    {re.escape(said)} of \S+, [\d.]+ s before\n", worker.text())
+    (written,) = [json.loads(path.read_text()) for path in failures.iterdir()]
+    (error,) = written["gpu_errors"]
+    assert (written["rank"], error["xid"], error["uuid"], error["host"]) == (1, 79, "GPU-1", written["host"])
+    assert -30 < error["at"] <= 0
 
 
 def test_a_model_whose_log_probabilities_are_no_numbers_isnt_ready(start: Start, etcd: EtcdServer) -> None:

@@ -398,6 +398,24 @@ def killed(tmp_path: Path, times: int) -> str:
     return f'echo >> {tmp_path}/starts; if [ "$(wc -l < {tmp_path}/starts)" -gt {times} ]; then {SERVE}; fi; {ends}'
 
 
+def test_a_node_whose_gpu_the_driver_calls_broken_is_left_out_without_being_asked(run: Run, tmp_path: Path) -> None:
+    error = {"xid": 79, "gpu": 3, "uuid": "GPU-3", "host": "n", "at": -0.4}
+    content = {"rank": 0, "host": "n", "phase": "serve", "cause": "report", "exit_code": 70, "error": "NCCL error"}
+    written = json.dumps({**content, "time": 1.0, "report": "NCCL error", "gpu_errors": [error]})
+    report = f"mkdir -p failures/decode-0; echo '{written}' > failures/decode-0/backend-rank-0.json"
+    fails = f'if [ "$NODES" = n ]; then {READY_AND}; sleep 0.3; umask 077; {report}; exit 70; else {SERVE}; fi'
+    probe = f"touch {tmp_path}/probed-$NODE; {WELL}"
+    code, said = run(
+        AGAIN, raise_signal(signal.SIGTERM), 3, workers=APART, spares=("s1",), decode=fails, probe_script=probe
+    )
+    assert code == 143, said
+    why = "Xid 79 (GPU has fallen off the bus) on GPU 3 (GPU-3)"
+    assert f"decode-0: ended with exit code 70; n is left out ({why}), s1 takes its place; start 2 at once" in said
+    assert [path.name for path in tmp_path.glob("probed-*")] == ["probed-s1"]
+    (left,) = content_of(tmp_path / "run" / "excluded.json")["nodes"]
+    assert (left["node"], left["reason"]) == ("n", why)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_after_a_rank_was_killed_no_probe_is_waited_for_the_first_time(run: Run, tmp_path: Path, times: int) -> None:
     probe = f"touch {tmp_path}/probed; {WELL}"

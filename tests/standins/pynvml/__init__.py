@@ -7,7 +7,8 @@
 ``address`` (its PCI bus id), ``numa`` (the node that its own memory is), ``instances`` (UUIDs),
 ``fabric`` (``{"state": 3, "status": 0, "cluster": "<32 hexadecimal digits>", "clique": 1, "health": 170}``); else all is well, without a
 fabric.
-The file is read again by every call that asks for memory, so that memory may be given back.
+The file is read again by every call that asks for memory, so that memory may be given back, and while events are waited for:
+``"xids": [["GPU-0", 79]]`` beside the GPUs has the Xids that have happened since somebody listens.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 nvmlMemory_v2 = 0x02000028
 NVML_FI_DEV_GET_GPU_RECOVERY_ACTION = 230
+nvmlEventTypeXidCriticalError = 8
 _node: dict[str, Any] = {}
 
 
@@ -38,6 +41,14 @@ class NVMLError_NotSupported(NVMLError):
 
 class NVMLError_InvalidArgument(NVMLError):
     """There is no such link."""
+
+
+class NVMLError_NotFound(NVMLError):
+    """There is no such GPU."""
+
+
+class NVMLError_Timeout(NVMLError):
+    """No event has come in time."""
 
 
 class UnknownCallError(BaseException):
@@ -195,3 +206,56 @@ def nvmlDeviceGetMaxPcieLinkGeneration(handle: dict[str, Any]) -> int:
 
 def nvmlDeviceGetCurrPcieLinkWidth(handle: dict[str, Any]) -> int:
     return int(handle.get("pcie", (5, 16))[1])
+
+
+class Handle(dict[str, Any]):
+    """A GPU's handle, which is a pointer: two of one GPU point to the same."""
+
+    _targets: ClassVar[dict[str, ctypes.c_byte]] = {}
+
+    @property
+    def contents(self) -> ctypes.c_byte:
+        return self._targets.setdefault(self["uuid"], ctypes.c_byte())
+
+
+def nvmlDeviceGetHandleByUUID(uuid: str) -> Handle:
+    for gpu in _node["gpus"]:
+        if gpu["uuid"] == uuid:
+            return Handle(gpu)
+    raise NVMLError_NotFound("Not Found")
+
+
+def nvmlDeviceGetIndex(handle: Handle) -> int:
+    return [gpu["uuid"] for gpu in _node["gpus"]].index(handle["uuid"])
+
+
+class EventSet:
+    """Registered GPUs, and how many events have been handed out."""
+
+    def __init__(self) -> None:
+        self.uuids: set[str] = set()
+        self.seen = 0
+
+
+def nvmlEventSetCreate() -> EventSet:
+    return EventSet()
+
+
+def nvmlDeviceRegisterEvents(handle: Handle, kinds: int, events: EventSet) -> None:
+    assert kinds == nvmlEventTypeXidCriticalError
+    events.uuids.add(handle["uuid"])
+
+
+def nvmlEventSetWait_v2(events: EventSet, milliseconds: int) -> SimpleNamespace:
+    end = time.monotonic() + milliseconds / 1000
+    while True:
+        content = json.loads(Path(os.environ["PYNVML_STANDIN"]).read_text(encoding="utf-8"))
+        for uuid, xid in content.get("xids", [])[events.seen :]:
+            events.seen += 1
+            if uuid in events.uuids:
+                return SimpleNamespace(
+                    eventType=nvmlEventTypeXidCriticalError, eventData=xid, device=nvmlDeviceGetHandleByUUID(uuid)
+                )
+        if time.monotonic() >= end:
+            raise NVMLError_Timeout("Timeout")
+        time.sleep(0.02)
