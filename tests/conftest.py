@@ -30,6 +30,12 @@ def pytest_configure() -> None:
             signal.signal(number, usual)
 
 
+@pytest.fixture(autouse=True)
+def usual_umask() -> None:
+    """Set the usual umask: other users of this machine are part of some tests, and what a test runs in its own process may change it."""
+    os.umask(0o022)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer the stages, and what only `.ci/full` runs."""
     parser.addoption("--stage", choices=STAGES, help="only the tests of this stage (docs/reference/testing.md)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
@@ -43,6 +44,10 @@ class RankLogger:
     def warning(self, text: str) -> None:
         """Log a problem that doesn't end the worker; the line begins with ``warning: ``."""
         self._emit("WARN", f"warning: {text}")
+
+    def warning_aside(self, text: str) -> None:
+        """Log a warning from a thread of its own, as the caller must not wait for what reads the log."""
+        threading.Thread(target=self.warning, args=(text,), name="watch", daemon=True).start()
 
     def error(self, text: str) -> None:
         """Log why the worker ends; the text must begin with ``error in PHASE: `` itself. Errors are never omitted."""

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.steps import StepController
 
 POLL_SECONDS = 0.5
-# while a failed worker's nodes are asked
-DECISION_SECONDS = 0.1
+# after a failure, or a sign of one
+HURRY_SECONDS = 0.1
 LISTED_SECONDS = 30.0
 # a busy frontend may not answer at once; one that this host can't reach never will
 REACHED_SECONDS = 10.0
@@ -212,7 +212,8 @@ class DeploymentController:
             raise _AskedToStop("asked to stop")
         if self._limit is not None and self._limit.pause(self._end_seconds, now := time.time()) is None:
             raise _AskedToStop(self._limit.due(now))
-        self._interrupts.pause(DECISION_SECONDS if self._worker_steps.is_deciding else POLL_SECONDS)
+        is_hurried = self._worker_steps.is_deciding or self._failures.prober.is_hurried
+        self._interrupts.pause(HURRY_SECONDS if is_hurried else POLL_SECONDS)
 
     def _require_services(self) -> None:
         if why := self._failures.lost_head:

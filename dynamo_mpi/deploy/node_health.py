@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _SCONTROL_SECONDS = 5.0
 # of the order of spares, which is worth no longer wait
 _TOPOLOGY_SECONDS = 2.0
-CONNECT_SECONDS = 2.0
+# a lost SYN is sent again after a second (RFC 6298)
+CONNECT_SECONDS = 1.2
 # slurm.conf(5): SlurmdPort
 DEFAULT_PORT = 6818
 # scontrol(1), "NODES - SHOW COMMAND": base states and flags; the rest is a node that can run a step

@@ -73,14 +73,23 @@ class NodeProber:
             environment: the probes' environment.
             suspects: nodes that the worker's ranks have reported as lost: a connection that fails, too, is proof enough.
         """
-        if self.watch is not None:
-            self.watch.hurry()
+        self.hurry()
         known, steps = {node for node in nodes if node in self.lost or self.is_gone(node, suspects)}, {}
         for node in nodes:
             command = None if node in known else self._builder.probe(node)
             if command is not None:
                 steps[node] = start(command, environment, self._run_dir.log(command.name))
         return Inquiry(self, tuple(nodes), steps, tuple(suspects))
+
+    def hurry(self) -> None:
+        """Look at the nodes at once, and often for a while."""
+        if self.watch is not None:
+            self.watch.hurry()
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether the nodes are looked at often."""
+        return self.watch is not None and self.watch.is_hurried
 
     def is_gone(self, node: str, suspects: Collection[str]) -> bool:
         """Return whether a node is lost that its peers have reported: a step on it would need many seconds to fail."""

@@ -67,6 +67,12 @@ class NodeWatch:
         self._wake.set()
 
     @property
+    def is_hurried(self) -> bool:
+        """Whether it looks often."""
+        with self._lock:
+            return time.monotonic() < self._hurry_until
+
+    @property
     def controller_answers(self) -> bool:
         """Whether slurmctld has answered the last question, as far as one has ended."""
         with self._lock:
@@ -100,6 +106,9 @@ class NodeWatch:
         asked = float("-inf")
         while not self._end.is_set():
             began = time.monotonic()
+            # Slurm may take seconds to answer, but it is Slurm that knows the addresses
+            if is_known := bool(self._seen):
+                self._look()
             with self._lock:
                 is_alone = bool(self._silent_since) and self._reached <= max(self._silent_since.values())
                 is_asked_often = is_alone or not self._controller_answers or began < self._hurry_until
@@ -110,7 +119,8 @@ class NodeWatch:
                     self._controller_answers = found is not None
                     if found is not None:
                         self._seen, self._reached = found, began
-            self._look()
+            if not is_known:
+                self._look()
             self._wake.wait(max(0.0, began + self._period() - time.monotonic()))
             self._wake.clear()
 

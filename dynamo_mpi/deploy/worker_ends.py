@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.deploy.blame import Blame, Evidence, blame
 from dynamo_mpi.deploy.first_death import ended_task, first_death
 from dynamo_mpi.deploy.reports import Beginning, Report, Trace, is_reported, report_death, trace_in_etcd
+from dynamo_mpi.supervisor.failure_reports import SILENT_HOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -84,6 +85,11 @@ def is_disorderly(name: str, step: Step, run_dir: RunDir) -> bool:
     if GOODBYE in step.last_words(200):
         return False
     return run_dir.is_ready(name) or first_death(step.child.output()) is not None
+
+
+def last_silence(step: Step) -> str:
+    """Return the last warning of a worker's ranks that a host doesn't answer; empty if there is none."""
+    return next((line for line in reversed(step.child.last_lines(50)) if SILENT_HOST in line), "")
 
 
 def seconds_left(step: Step, beginning: Beginning, *, may_hang: bool) -> float:

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.deploy.check_results import require_container
 from dynamo_mpi.deploy.recovery import Degrade, MoveToSpare, Stop
-from dynamo_mpi.deploy.reports import Beginning, Report, revoke_registrations
+from dynamo_mpi.deploy.reports import Beginning, revoke_registrations
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.step_commands import own_files
 from dynamo_mpi.deploy.steps import REST_SECONDS, Step, StepController, StepEnd, start
 from dynamo_mpi.deploy.timeline import keep_failed_start
-from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly, seconds_left
+from dynamo_mpi.deploy.worker_ends import WorkerEnd, is_disorderly, last_silence, seconds_left
+from dynamo_mpi.deploy.worker_state import Ending, WorkerState
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
 from dynamo_mpi.mpi.launcher import starts_before
@@ -22,27 +23,12 @@ from dynamo_mpi.mpi.launcher import starts_before
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dynamo_mpi.deploy.blame import Blame
     from dynamo_mpi.deploy.failures import FailureHandler
     from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.recovery import Action
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.step_commands import Command, CommandBuilder
     from dynamo_mpi.deploy.timeline import Milestones
-
-
-class _Ending(NamedTuple):
-    """A worker's end, until it is decided what follows.
-
-    Args:
-        step: the step, which has ended.
-        code: its exit code.
-        report: the launcher's own report; None if the ranks have reported.
-    """
-
-    step: Step
-    code: int
-    report: Report | None
 
 
 class WorkerSet:
@@ -70,17 +56,7 @@ class WorkerSet:
         self._step_controller, self._run_dir, self._say = step_controller, run_dir, say
         self._environment: Mapping[str, str] = {}
         self._clients: Mapping[str, str] = {}
-        self._running: dict[str, Step] = {}
-        self._starts: dict[str, Beginning] = {}
-        self._count: dict[str, int] = {}
-        self._pauses: dict[str, float] = {}
-        self._ready: dict[str, float] = {}
-        self._endings: dict[str, _Ending] = {}
-        self._ends: dict[str, StepEnd] = {}
-        self._deadlines: dict[str, float] = {}
-        self._failed_at: dict[str, float] = {}
-        self._found: dict[str, Blame] = {}
-        self._planned: dict[str, tuple[MoveToSpare | Degrade, float]] = {}
+        self._states = {worker.name: WorkerState() for worker in failures.workers}
         self.departed: dict[str, float] = {}
         """Workers that ended with 0 on request and aren't restarted, with the time of their end in seconds since 1970."""
         self.given_up: dict[str, str] = {}
@@ -100,31 +76,30 @@ class WorkerSet:
     @property
     def pending(self) -> list[str]:
         """Names of the workers that must become ready and aren't yet."""
-        return [worker.name for worker in self._failures.workers if self._is_pending(worker.name)]
+        return [name for name, state in self._states.items() if state.is_pending]
 
     @property
     def all_serve(self) -> bool:
         """Whether every worker runs and is ready."""
-        names = [worker.name for worker in self._failures.workers if worker.name not in self.given_up]
-        return all(name in self._running and name in self._ready for name in names)
+        return all(state.serves for name, state in self._states.items() if name not in self.given_up)
 
     @property
     def ended(self) -> bool:
         """Whether no worker runs or will be restarted."""
-        return not self._pauses and not self._running and not self._endings
+        return not any(state.lives for state in self._states.values())
 
     @property
     def is_deciding(self) -> bool:
         """Whether it is about to be decided what follows a failure."""
-        return bool(self._endings or self._ends)
+        return any(state.ending is not None or state.remains is not None for state in self._states.values())
 
     def lives(self, name: str) -> bool:
         """Return whether a worker runs, or will again."""
-        return name in self._running or name in self._pauses or name in self._endings
+        return self._states[name].lives
 
     def serves(self, name: str) -> bool:
         """Return whether a worker is ready, and isn't about to drain."""
-        return name in self._running and name in self._ready and name not in self._planned
+        return self._states[name].serves and not self.is_planned(name)
 
     def plan(self, worker: Worker, action: MoveToSpare | Degrade, seconds: float) -> None:
         """Drain a worker, and do something as soon as it has ended.
@@ -134,23 +109,24 @@ class WorkerSet:
             action: what follows.
             seconds: the time that it has to drain.
         """
-        self._planned[worker.name] = (action, time.monotonic() + seconds)
-        if (step := self._running.get(worker.name)) is not None:
-            self._step_controller.signal([step])
+        state = self._states[worker.name]
+        state.planned = action, time.monotonic() + seconds
+        if state.step is not None:
+            self._step_controller.signal([state.step])
 
     def why_not_drained(self, name: str) -> str:
         """Return why a worker can't be asked to drain; empty if it can, or doesn't run."""
-        step = self._running.get(name)
+        step = self._states[name].step
         return "" if step is None else self._step_controller.why_not_drained(step)
 
     def is_planned(self, name: str) -> bool:
         """Return whether a worker drains because of `plan`."""
-        return name in self._planned
+        return self._states[name].planned is not None
 
     def steps_of(self, role: str) -> list[Step]:
         """Return the running steps of a role."""
-        names = [worker.name for worker in self._failures.workers if worker.role == role]
-        return [self._running[name] for name in names if name in self._running]
+        states = [self._states[worker.name] for worker in self._failures.workers if worker.role == role]
+        return [state.step for state in states if state.step is not None]
 
     def deregister(self, role: str) -> None:
         """Deregister the workers of a role that had to be cancelled, because workers of other roles may still drain."""
@@ -168,139 +144,146 @@ class WorkerSet:
             self._poll_worker(worker)
 
     def _start(self, worker: Worker) -> None:
-        ready_file = self._run_dir.ready_file(worker.name)
-        self._run_dir.remove_ready_file(worker.name)
-        self._ready.pop(worker.name, None)
+        name, before = worker.name, self._states[worker.name]
+        ready_file = self._run_dir.ready_file(name)
+        self._run_dir.remove_ready_file(name)
         command = self._builder.worker(worker)
-        if worker.name in self._count:
+        if before.count:
             # if only srun was killed, its ranks may have registered before they were cancelled
-            self._deregister(worker.name, command)
-            before = self._run_dir.timeline(worker.name, self._count[worker.name])
-            keep_failed_start(self._run_dir.timeline(worker.name), before, self._found.pop(worker.name, None))
-        self._count[worker.name] = count = self._count.get(worker.name, 0) + 1
+            self._deregister(name, command)
+            kept = self._run_dir.timeline(name, before.count)
+            keep_failed_start(self._run_dir.timeline(name), kept, before.found)
+        count = before.count + 1
         attempt = starts_before(self._environment) + count
-        environment = {**self._environment, ATTEMPT: str(attempt), **own_files(worker.name, self._environment)}
-        failures = self._run_dir.failures(worker.name)
-        self._starts[worker.name] = Beginning.of(worker, command, {**environment, **command.environment}, failures)
-        self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
-        self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
+        environment = {**self._environment, ATTEMPT: str(attempt), **own_files(name, self._environment)}
+        beginning = Beginning.of(worker, command, {**environment, **command.environment}, self._run_dir.failures(name))
+        step = start(command, environment, self._run_dir.log(name), ready_file)
+        self._states[name] = WorkerState(count, step, beginning, failed_at=before.failed_at)
+        self._say(f"{name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
     def _poll_worker(self, worker: Worker) -> None:
-        name, step = worker.name, self._running.get(worker.name)
-        if step is None:
-            self._settle(worker)
-            if name in self._planned and name in self._pauses:
-                self._act(worker, self._planned.pop(name)[0])
-            if time.monotonic() >= self._pauses.get(name, float("inf")):
-                del self._pauses[name]
+        name, state = worker.name, self._states[worker.name]
+        if state.step is not None:
+            self._poll_step(worker, state, state.step)
+        if state.step is None:
+            self._settle(worker, state)
+            if state.planned is not None and state.next_start is not None:
+                self._act(worker, state, state.planned[0])
+            if state.next_start is not None and time.monotonic() >= state.next_start:
+                # with the nodes that it has by now
                 self._start(next(each for each in self._failures.workers if each.name == name))
-            return
-        if name not in self._ready and self._run_dir.is_ready(name):
-            self._ready[name] = time.monotonic()
+
+    def _poll_step(self, worker: Worker, state: WorkerState, step: Step) -> None:
+        name = worker.name
+        if state.ready is None and self._run_dir.is_ready(name):
+            state.ready = time.monotonic()
             self._say(f"{name}: ready")
-            if name in self._failed_at and self._milestones is not None:
-                self._milestones.add(f"{name} recovery", self._failed_at.pop(name))
+            if state.failed_at is not None and self._milestones is not None:
+                self._milestones.add(f"{name} recovery", state.failed_at)
+            state.failed_at = None
         code = step.child.exit_code()
         if code is None:
-            self._end_rest(worker, step)
+            self._end_rest(worker, state, step)
             return
-        del self._running[name]
-        self._deadlines.pop(name, None)
-        if self._ends.pop(name, None) is not None:
-            reported = next((each.code for each in self._starts[name].reports() if each.is_composed), code)
+        state.step = None
+        if state.remains is not None:
+            reported = next((each.code for each in state.beginning_of_step.reports() if each.is_composed), code)
             code = ExitCode.TEMPORARY if self._failures.lost_nodes(worker) else reported
-        self._ended(worker, step, code)
+            state.remains = None
+        self._ended(worker, state, step, code)
 
-    def _end_rest(self, worker: Worker, step: Step) -> None:
+    def _end_rest(self, worker: Worker, state: WorkerState, step: Step) -> None:
         """End what is left of a step whose launcher may wait for a lost node, or for ranks that don't end."""
-        name, now = worker.name, time.monotonic()
-        if name in self._ends:
-            self._ends[name].poll()
+        now, beginning = time.monotonic(), state.beginning_of_step
+        if state.remains is not None:
+            state.remains.poll()
             return
-        allowed = seconds_left(step, self._starts[name], may_hang=self._failures.may_hang)
-        self._deadlines[name] = min(self._deadlines.get(name, float("inf")), now + allowed)
-        lost = {**self._starts[name].lost_hosts(), **self._failures.lost_nodes(worker)}
+        if (silence := last_silence(step)) != state.silence:
+            state.silence = silence
+            self._failures.prober.hurry()
+        state.deadline = min(state.deadline, now + seconds_left(step, beginning, may_hang=self._failures.may_hang))
+        lost = {**beginning.lost_hosts(), **self._failures.lost_nodes(worker)}
         if lost and self._failures.may_hang:
             why = ", ".join(f"{node} is lost ({reason})" for node, reason in lost.items())
-        elif name in self._planned and now > self._planned[name][1]:
+        elif state.planned is not None and now > state.planned[1]:
             why = "it hasn't drained in time"
-        elif now >= self._deadlines[name]:
+        elif now >= state.deadline:
             why = "its ranks have failed, and its launcher still runs"
         else:
             return
-        self._say(f"{name}: {why}: ending what is left of its step")
-        self._ends[name] = StepEnd(step, self._step_controller, 0.0 if lost else REST_SECONDS)
+        self._say(f"{worker.name}: {why}: ending what is left of its step")
+        state.remains = StepEnd(step, self._step_controller, 0.0 if lost else REST_SECONDS)
 
-    def _ended(self, worker: Worker, step: Step, code: int) -> None:
+    def _ended(self, worker: Worker, state: WorkerState, step: Step, code: int) -> None:
+        name, beginning = worker.name, state.beginning_of_step
         step.child.kill()  # the remaining processes of a killed launcher on this host
-        if worker.name in self._planned:
-            self._deregister(worker.name, step.command)
+        if state.planned is not None:
+            self._deregister(name, step.command)
             self._step_controller.cancel([step])
-            self._say(f"{worker.name}: ended with {code}, as requested")
-            self._failed_at[worker.name] = time.time()
-            self._act(worker, self._planned.pop(worker.name)[0])
+            self._say(f"{name}: ended with {code}, as requested")
+            state.failed_at = time.time()
+            self._act(worker, state, state.planned[0])
             return
-        if code == ExitCode.OK and is_disorderly(worker.name, step, self._run_dir):
-            self._say(
-                f"{worker.name}: its launcher ended with 0, but its ranks did not end in order: a host may be lost"
-            )
+        if code == ExitCode.OK and is_disorderly(name, step, self._run_dir):
+            self._say(f"{name}: its launcher ended with 0, but its ranks did not end in order: a host may be lost")
             code = ExitCode.TEMPORARY
         if code == ExitCode.OK:
-            self.departed[worker.name] = time.time()
-            self._say(f"{worker.name}: ended with 0 on request; it isn't restarted")
+            self.departed[name] = time.time()
+            self._say(f"{name}: ended with 0 on request; it isn't restarted")
             return
-        require_container(worker.name, step.child.output(), worker.nodes, worker.ranks_per_node)
+        require_container(name, step.child.output(), worker.nodes, worker.ranks_per_node)
 
         def clear() -> None:
-            self._deregister(worker.name, step.command)
+            self._deregister(name, step.command)
             self._step_controller.cancel([step])  # if only srun was killed, its ranks still run
 
-        self._failed_at[worker.name] = time.time()
-        ready = self._ready.get(worker.name)
+        state.failed_at = time.time()
         lost = self._failures.lost_nodes(worker)
-        end = WorkerEnd(step, code, self._starts[worker.name], lost, was_ready=ready is not None)
-        self._found[worker.name], report = end.examine(self._clients, clear, self._say)
-        self._endings[worker.name] = _Ending(step, code, report)
-        served = 0.0 if ready is None else time.monotonic() - ready
-        self._failures.failed(worker, self._found[worker.name], served, self._environment)
-        self._settle(worker)
+        end = WorkerEnd(step, code, beginning, lost, was_ready=state.ready is not None)
+        state.found, report = end.examine(self._clients, clear, self._say)
+        state.ending = Ending(step, code, report)
+        served = 0.0 if state.ready is None else time.monotonic() - state.ready
+        self._failures.failed(worker, state.found, served, self._environment)
 
-    def _settle(self, worker: Worker) -> None:
+    def _settle(self, worker: Worker, state: WorkerState) -> None:
         """Do what follows a failure, if that is decided by now."""
+        name = worker.name
         others = [
             other.name
             for other in self._failures.workers
-            if other.role == worker.role and other.name != worker.name and self.lives(other.name)
+            if other.role == worker.role and other.name != name and self.lives(other.name)
         ]
         action = self._failures.due(worker, others)
         if action is None:
             return
-        step, code, report = self._endings.pop(worker.name)
+        ending, state.ending = state.ending, None
+        assert ending is not None  # noqa: S101 - only a worker that has ended has failed
         if isinstance(action, Stop):
-            raise _failed(worker.name, action, _Ending(step, code, report))
-        if report is not None:
-            self._say(str(report))
+            raise _failed(name, action, ending)
+        if ending.report is not None:
+            self._say(str(ending.report))
         if isinstance(action, Degrade):
-            self.given_up[worker.name] = action.reason
+            self.given_up[name] = action.reason
             self._say(
-                f"warning: {worker.name}: ended with exit code {code}, and isn't started again: {action.reason}; "
+                f"warning: {name}: ended with exit code {ending.code}, and isn't started again: {action.reason}; "
                 f"{', '.join(others)} of its role still serve"
             )
             return
-        self._pauses[worker.name] = time.monotonic() + action.seconds
-        self._say(f"{worker.name}: ended with exit code {code}; {self._next(worker.name, action)}")
+        state.next_start = time.monotonic() + action.seconds
+        self._say(f"{name}: ended with exit code {ending.code}; {self._next(name, action)}")
         if isinstance(action, MoveToSpare) and worker.role != "agg":
-            self._say(f"{worker.name}: the KV check isn't repeated with {', '.join(dict(action.moves).values())}")
+            self._say(f"{name}: the KV check isn't repeated with {', '.join(dict(action.moves).values())}")
 
-    def _act(self, worker: Worker, action: MoveToSpare | Degrade) -> None:
+    def _act(self, worker: Worker, state: WorkerState, action: MoveToSpare | Degrade) -> None:
         """Do what was planned for the worker's end."""
+        state.planned = None
         if isinstance(action, Degrade):
-            self._pauses.pop(worker.name, None)
+            state.next_start = None
             self.given_up[worker.name] = action.reason
             self._failures.leave_out(action.reasons, worker.name)
             return
         self._failures.move(worker, action)
-        self._pauses[worker.name] = time.monotonic()
+        state.next_start = time.monotonic()
 
     def _next(self, name: str, action: Action) -> str:
         """Describe a worker's next start."""
@@ -312,7 +295,7 @@ class WorkerSet:
                 f"{node} is left out ({action.reasons[node]}), {spare} takes its place" for node, spare in action.moves
             ]
             if action.is_forced:
-                return "; ".join([*words, f"start {self._count[name] + 1} {when}"])
+                return "; ".join([*words, f"start {self._states[name].count + 1} {when}"])
         restarts, most = self._failures.restarts(name), self._failures.max_restarts
         return "; ".join([*words, f"start {restarts + 1} of at most {most + 1} in an hour, {when}"])
 
@@ -325,17 +308,14 @@ class WorkerSet:
             if revoke_registrations(launch, self._clients):
                 self._say(f"{name}: was still registered; it is deregistered now")
         except DynamoMpiError as error:
-            if name in self._ready:
+            if self._states[name].ready is not None:
                 self._say(
                     f"warning: {name} may stay registered until its lease ends, and requests to it fail until then: "
                     f"etcd can't be reached from this host ({error.problem})"
                 )
 
-    def _is_pending(self, name: str) -> bool:
-        return name in self._pauses or name in self._endings or (name in self._running and name not in self._ready)
 
-
-def _failed(name: str, action: Stop, ending: _Ending) -> StepFailed:
+def _failed(name: str, action: Stop, ending: Ending) -> StepFailed:
     """Return the error with which the deployment ends."""
     found, needed, fix = ending.report or (f"{name} ended with exit code {ending.code}", "", "")
     if action.reason:

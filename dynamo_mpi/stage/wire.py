@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.stage.manifest import StageError
 from dynamo_mpi.supervisor.frame_connection import Waker
-from dynamo_mpi.supervisor.heartbeat_client import connect
-from dynamo_mpi.supervisor.join import JoinHandler
+from dynamo_mpi.supervisor.join import JoinHandler, connect
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:

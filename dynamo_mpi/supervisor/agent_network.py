@@ -19,9 +19,8 @@ import time
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
-from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import MAX_BODY, Frame, FrameType, WireError
-from dynamo_mpi.supervisor.join import JoinHandler
+from dynamo_mpi.supervisor.join import JoinHandler, connect
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:

@@ -79,6 +79,15 @@ def host_lost(host: str) -> DynamoMpiError:
     )
 
 
+SILENT_HOST = "its host has acknowledged nothing for"
+"""`dynamo-mpi launch` looks at the worker's nodes when a rank's output has this."""
+
+
+def silent_host(seconds: float) -> str:
+    """Return the warning about a rank whose host may be lost."""
+    return f"{SILENT_HOST} {seconds:.0f} s: it is lost, or the network between the hosts is"
+
+
 def heartbeat_missed(seconds: float, host: str) -> DynamoMpiError:
     """Return the error for a process that exists but sends no heartbeats."""
     return PhaseTimeoutError(

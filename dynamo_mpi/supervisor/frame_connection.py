@@ -126,6 +126,31 @@ class FrameConnection:
         self._connection.close()
 
 
+class Silence:
+    """Notices that a connection's other host acknowledges nothing. For a process that hangs its kernel does.
+
+    Args:
+        connection: the connection.
+        seconds: so long must nothing be acknowledged.
+    """
+
+    def __init__(self, connection: FrameConnection, seconds: float) -> None:
+        self._connection, self._seconds = connection, seconds
+        self._since: float | None = None
+        self._is_known = False
+
+    def has_begun(self, now: float) -> float:
+        """Return once for how long it has lasted, else 0. Call it before each heartbeat: what was just sent can't be acknowledged yet."""
+        if not self._connection.has_unacked_data:
+            self._since, self._is_known = None, False
+            return 0.0
+        self._since = now if self._since is None else self._since
+        if self._is_known or now - self._since < self._seconds:
+            return 0.0
+        self._is_known = True
+        return now - self._since
+
+
 class Waker:
     """Wakes a thread that waits in a selector. Thread-safe."""
 

@@ -11,9 +11,7 @@ import itertools
 import math
 import os
 import queue
-import secrets
 import selectors
-import socket
 import threading
 import time
 
@@ -23,22 +21,17 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.process import hard_exit_after
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, encode_observed
-from dynamo_mpi.supervisor.failure_reports import cannot_connect, heartbeat_missed, host_lost, rank_died, write_failure
-from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
+from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, host_lost, rank_died, silent_host, write_failure
+from dynamo_mpi.supervisor.frame_connection import ClosedError, Silence, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MAX_BODY,
-    NONCE_BYTES,
     FailureReport,
     Frame,
     FrameType,
-    Join,
     SignalMessage,
-    WireError,
     clip,
-    is_valid_mac,
-    leader_mac,
-    rank_mac,
 )
+from dynamo_mpi.supervisor.join import connect
 from dynamo_mpi.supervisor.progress import pack_timings
 from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervisor.stacks import dump_stacks
@@ -54,8 +47,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
-_CONNECT_SECONDS = 10.0
-_RETRY_SECONDS = 0.2
 _RANK0_REPLY_TIMEOUT_SECONDS = 10.0
 _STALL_SECONDS = 0.5
 _CLOSE_FLUSH_SECONDS = 1.0
@@ -108,6 +99,7 @@ class HeartbeatClient:
         # rank 0 ends the world (`_ending`), or this rank shuts down in order (`_closing`): a lost connection is no failure then
         self._ending = self._closing = False
         self._signalled = -math.inf
+        self._silence = Silence(self._connection, rendezvous.silence_seconds)
         phases.on_phase(lambda name: self._send(Frame(FrameType.PHASE, name.encode())))
         phases.on_change(self._send_timings)
         self._send_timings()
@@ -223,11 +215,12 @@ class HeartbeatClient:
                         return
                 if now >= next_heartbeat:
                     self._compensate_stall(now - next_heartbeat)
+                    # before anything is sent: no host acknowledges that at once
+                    self._check_timeouts(now)
                     self._connection.send(Frame(FrameType.HEARTBEAT))
                     if self.world_phase in _LOADING_PHASES:
                         # the number of bytes read changes all the time
                         self._connection.send(Frame(FrameType.TIMINGS, pack_timings(self._phases)))
-                    self._check_timeouts(now)
                     next_heartbeat = now + self._rendezvous.heartbeat_interval / 2
 
     def _receive(self) -> None:
@@ -255,6 +248,9 @@ class HeartbeatClient:
             self._last_seen += late
 
     def _check_timeouts(self, now: float) -> None:
+        seconds = self._silence.has_begun(now)
+        if seconds and self._world.rank == (self._rendezvous.far_rank or 1):  # one of them is enough
+            self._log.warning_aside(f"rank 0 on {self._rendezvous.host}: {silent_host(seconds)}")
         timeout = self._rendezvous.heartbeat_timeout_for(self.world_phase)
         if timeout is not None and now - self._last_seen > timeout and not (self._ending or self._closing):
             lost = self._connection.has_unacked_data
@@ -303,48 +299,3 @@ class HeartbeatClient:
     def _notify_abort(self, code: int) -> None:
         hard_exit_after(_FOLLOWER_EXIT_DELAY_SECONDS, code)
         self._world.abort(code)
-
-
-def connect(
-    rendezvous: Rendezvous, rank: int, seconds: float = _CONNECT_SECONDS
-) -> tuple[FrameConnection, list[Frame]]:
-    """Connect and authenticate both sides; return the connection and the frames that rank 0 has sent since."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return _join(rendezvous, rank, end)
-        except (OSError, ClosedError, WireError) as error:
-            # retry: unauthenticated connections may have used up the capacity, or the system dropped one of hundreds of connections
-            if time.monotonic() + _RETRY_SECONDS > end:
-                raise cannot_connect(rendezvous, str(error)) from None
-            time.sleep(_RETRY_SECONDS)
-
-
-def _join(rendezvous: Rendezvous, rank: int, end: float) -> tuple[FrameConnection, list[Frame]]:
-    token, nonce = bytes.fromhex(rendezvous.token), secrets.token_bytes(NONCE_BYTES)
-    connection = FrameConnection(
-        socket.create_connection((rendezvous.address, rendezvous.port), max(0.1, end - time.monotonic()))
-    )
-    try:
-        hello, *_ = _await_frame(connection, FrameType.HELLO, end)
-        connection.send(Frame(FrameType.JOIN, Join(rank, nonce, rank_mac(token, hello.body, rank, nonce)).pack()))
-        connection.allow_frames(MAX_BODY)
-        welcome, *early = _await_frame(connection, FrameType.WELCOME, end)
-        if not is_valid_mac(welcome.body, leader_mac(token, nonce, rank)):
-            raise WireError("the process that listens there is not rank 0 of this world")
-    except BaseException:
-        connection.close()
-        raise
-    return connection, early
-
-
-def _await_frame(connection: FrameConnection, kind: FrameType, end: float) -> list[Frame]:
-    """Wait for a frame of this kind and return it with the frames that arrived with it."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection, selectors.EVENT_READ)
-        while selector.select(max(0.0, end - time.monotonic())):
-            if frames := connection.read():
-                if frames[0].kind is not kind:
-                    raise WireError(f"expected {kind.name}, received {frames[0].kind.name}")
-                return frames
-    raise TimeoutError("no answer in time")

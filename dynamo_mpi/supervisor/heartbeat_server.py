@@ -12,7 +12,7 @@ import time
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, host_lost, never_connected, rank_died
-from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
+from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Silence, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MAX_BODY,
     FailureReport,
@@ -41,8 +41,9 @@ _ABORT_ACK_SECONDS = 0.5
 class _Peer:
     """A rank that is connected."""
 
-    def __init__(self, number: int, connection: FrameConnection) -> None:
+    def __init__(self, number: int, connection: FrameConnection, silence_seconds: float) -> None:
         self.number, self.connection, self.last_seen = number, connection, time.monotonic()
+        self.silence = Silence(connection, silence_seconds)
         self.phase = ""
         # it has shut down in order, or its failure has been reported: ignore what follows
         self.done = False
@@ -56,12 +57,14 @@ class RankEvents(NamedTuple):
         on_signal: with a rank and a signal that it got.
         on_timings: with a rank and the body of its TIMINGS frame.
         on_caches: with a rank and the body of its CACHES frame.
+        on_silence: with a rank, and the seconds for which its host has acknowledged nothing.
     """
 
     on_failure: Callable[[Failure], None]
     on_signal: Callable[[int, SignalMessage], None]
     on_timings: Callable[[int, bytes], None] = lambda *_: None
     on_caches: Callable[[int, bytes], None] = lambda *_: None
+    on_silence: Callable[[int, float], None] = lambda *_: None
 
 
 class HeartbeatServer:
@@ -209,7 +212,7 @@ class HeartbeatServer:
             return False
         self._missing.discard(number)
         connection.allow_frames(MAX_BODY)
-        peer = self._peers[number] = _Peer(number, connection)
+        peer = self._peers[number] = _Peer(number, connection, self._rendezvous.silence_seconds)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._handle_events(peer))
         if self._abort_frame is not None:
             # the rank joined after ABORTING was sent; send it again, after WELCOME
@@ -276,6 +279,8 @@ class HeartbeatServer:
         if timeout is None or self._closing:
             return
         for peer in self._peers.values():
+            if seconds := peer.silence.has_begun(now):
+                self._events.on_silence(peer.number, seconds)
             if not peer.done and now - peer.last_seen > timeout:
                 peer.done = True
                 if peer.connection.has_unacked_data:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accepts and authenticates connections to rank 0 and to node agents."""
+"""Both sides of a connection to rank 0, or to a node agent, until each has authenticated the other."""
 
 from __future__ import annotations
 
 import math
 import secrets
 import selectors
+import socket
 import time
 
 from dynamo_mpi.common.admission import Admission
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
+from dynamo_mpi.supervisor.failure_reports import cannot_connect
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import (
+    MAX_BODY,
     NONCE_BYTES,
     Frame,
     FrameType,
@@ -23,9 +26,12 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
 )
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
+
+_CONNECT_SECONDS = 10.0
+_RETRY_SECONDS = 0.2
 _HANDSHAKE_SECONDS = 5.0
 MAX_PENDING = 64
 """Unauthenticated connections that are allowed beside those of the ranks."""
@@ -152,3 +158,48 @@ class JoinHandler:
         self._admission.leave(number)
         del self._pending[number]
         return pending.connection
+
+
+def connect(
+    rendezvous: Rendezvous, rank: int, seconds: float = _CONNECT_SECONDS
+) -> tuple[FrameConnection, list[Frame]]:
+    """Connect and authenticate both sides; return the connection and the frames that rank 0 has sent since."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return _join(rendezvous, rank, end)
+        except (OSError, ClosedError, WireError) as error:
+            # retry: unauthenticated connections may have used up the capacity, or the system dropped one of hundreds of connections
+            if time.monotonic() + _RETRY_SECONDS > end:
+                raise cannot_connect(rendezvous, str(error)) from None
+            time.sleep(_RETRY_SECONDS)
+
+
+def _join(rendezvous: Rendezvous, rank: int, end: float) -> tuple[FrameConnection, list[Frame]]:
+    token, nonce = bytes.fromhex(rendezvous.token), secrets.token_bytes(NONCE_BYTES)
+    connection = FrameConnection(
+        socket.create_connection((rendezvous.address, rendezvous.port), max(0.1, end - time.monotonic()))
+    )
+    try:
+        hello, *_ = _await_frame(connection, FrameType.HELLO, end)
+        connection.send(Frame(FrameType.JOIN, Join(rank, nonce, rank_mac(token, hello.body, rank, nonce)).pack()))
+        connection.allow_frames(MAX_BODY)
+        welcome, *early = _await_frame(connection, FrameType.WELCOME, end)
+        if not is_valid_mac(welcome.body, leader_mac(token, nonce, rank)):
+            raise WireError("the process that listens there is not rank 0 of this world")
+    except BaseException:
+        connection.close()
+        raise
+    return connection, early
+
+
+def _await_frame(connection: FrameConnection, kind: FrameType, end: float) -> list[Frame]:
+    """Wait for a frame of this kind and return it with the frames that arrived with it."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        while selector.select(max(0.0, end - time.monotonic())):
+            if frames := connection.read():
+                if frames[0].kind is not kind:
+                    raise WireError(f"expected {kind.name}, received {frames[0].kind.name}")
+                return frames
+    raise TimeoutError("no answer in time")

@@ -13,6 +13,8 @@ LOADING_SECONDS = 300.0
 """The default while loading: importing a library of gigabytes from a cold shared file system holds the GIL all the time."""
 _LOADING_PHASES = ("preflight", "hardware_check", "stage", "load")
 _MAX_INTERVAL_SECONDS = 5.0
+# half of what TCP waits for an acknowledgement
+_MAX_SILENCE_SECONDS = 10.0
 _LENGTH_BYTES = 4
 
 
@@ -72,6 +74,11 @@ class Rendezvous(NamedTuple):
         if self.heartbeat_timeout is not None:
             return self.heartbeat_timeout or None
         return LOADING_SECONDS if phase in _LOADING_PHASES else SERVING_SECONDS
+
+    @property
+    def silence_seconds(self) -> float:
+        """Seconds without an acknowledgement by a host after which rank 0 warns, a third of the timeout at most."""
+        return min(_MAX_SILENCE_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 3)
 
     @property
     def heartbeat_interval(self) -> float:

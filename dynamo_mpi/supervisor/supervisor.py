@@ -32,7 +32,7 @@ from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode_report
-from dynamo_mpi.supervisor.failure_reports import as_document, cannot_listen, too_late, write_failure
+from dynamo_mpi.supervisor.failure_reports import as_document, cannot_listen, silent_host, too_late, write_failure
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.join import MAX_PENDING
@@ -128,6 +128,7 @@ class WorldSupervisor:
                     self._on_signal_of_rank,
                     self.tracker.update,
                     lambda rank, body: self._caches.put((rank, body)),
+                    lambda rank, seconds: self._log.warning_aside(f"{self.name([rank])}: {silent_host(seconds)}"),
                 ),
             )
         except OSError as error:

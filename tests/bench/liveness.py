@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
-from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     NONCE_BYTES,
     TOKEN_BYTES,
@@ -42,7 +41,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
     leader_mac,
 )
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
-from dynamo_mpi.supervisor.join import MAX_PENDING
+from dynamo_mpi.supervisor.join import MAX_PENDING, connect
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 Watch = Callable[[socket.socket, Rendezvous, int, "queue.SimpleQueue[float]"], object]

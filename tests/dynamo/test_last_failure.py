@@ -68,8 +68,9 @@ def test_a_rank_that_is_killed_is_named_until_the_next_start_serves(etcd: EtcdSe
     assert etcd.keys(FAILURES) == [], "an orderly end leaves none"
 
 
-def test_of_a_rank_0_that_is_killed_its_node_agent_leaves_word(etcd: EtcdServer, start: Start) -> None:
+def test_of_a_rank_0_that_is_killed_its_node_agent_writes_one(etcd: EtcdServer, start: Start) -> None:
     worker = start()
+    worker.ready()
     os.kill(worker.rank_zero(), signal.SIGKILL)
     assert worker.wait() != 0
     (failure,) = eventually(lambda: failures(etcd), "it is written", 10)

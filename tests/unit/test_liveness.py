@@ -20,7 +20,6 @@ from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences
 from dynamo_mpi.supervisor import heartbeat_client as heartbeat_client
 from dynamo_mpi.supervisor import join
 from dynamo_mpi.supervisor.frame_connection import FrameConnection
-from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MAX_BODY,
     NONCE_BYTES,
@@ -36,6 +35,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
     rank_mac,
 )
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
+from dynamo_mpi.supervisor.join import connect
 from dynamo_mpi.supervisor.rendezvous import LOADING_SECONDS, SERVING_SECONDS, Rendezvous
 
 pytestmark = pytest.mark.slow

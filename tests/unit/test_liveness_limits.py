@@ -13,7 +13,7 @@ RANKS = 200
 PREPARE = """
 import queue, resource, secrets, socket, sys
 from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.supervisor.heartbeat_client import connect
+from dynamo_mpi.supervisor.join import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
 from dynamo_mpi.supervisor.heartbeat_server import RankEvents, HeartbeatServer
 from dynamo_mpi.supervisor.rendezvous import Rendezvous

@@ -22,9 +22,9 @@ import time
 from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.supervisor.frame_connection import ClosedError
-from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
+from dynamo_mpi.supervisor.join import connect
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 NETWORKS = {"4": ("10.9.8.1/24", "10.9.8.2/24"), "6": ("fd00:9:8::1/64", "fd00:9:8::2/64")}
