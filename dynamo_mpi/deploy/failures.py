@@ -160,7 +160,8 @@ class FailureHandler:
             # those that are being made ready compute
             idle = [node for node in self.nearest_spares(found.host) if node in self.spares.ready and node not in asked]
             nodes = (*(node for node in worker.nodes if node not in found.unfit), *idle[: len(worker.nodes)])
-            inquiry = self.prober.begin(nodes, environment, found.suspects)
+            is_explained = self._is_explained(worker, found)
+            inquiry = self.prober.begin(nodes, environment, found.suspects, has_probes=not is_explained)
         self._cases[worker.name] = _Case(event, inquiry, found.unfit)
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
@@ -251,6 +252,20 @@ class FailureHandler:
         spares = self.spares.available
         case = Situation(worker.nodes, tuple(self._events), self.max_restarts, (), spares, self.head)
         return self.restarts(worker.name) > 1 or decide(case) != RestartInPlace(0.0)
+
+    def _is_explained(self, worker: Worker, found: Blame) -> bool:
+        """Return whether a lost node is all there is to find out: nothing is known against the worker's other nodes and the spares that
+        would be used, and no NVLink domain is to be kept. The next start looks at the GPUs of both, and waits for their memory."""
+        gone = {node for node in worker.nodes if self.prober.is_known_lost(node, found.suspects)}
+        used = self.nearest_spares(found.host)[: len(gone)]
+        return (
+            found.host in gone
+            and not found.unfit
+            and gone.issuperset(found.suspects)
+            and set(used) <= set(self.spares.ready)
+            and not any(self.spares.domains.values())
+            and not any(self.prober.is_doubtful(node) for node in {*worker.nodes, *used} - gone)
+        )
 
     def _leave_out_spares(self, health: Sequence[NodeHealth]) -> None:
         bad = {each.node: each.problem for each in health if each.problem}

@@ -65,18 +65,27 @@ class NodeProber:
         """Nodes that an administrator drains."""
         return self.watch.drained if self.watch is not None else {}
 
-    def begin(self, nodes: Sequence[str], environment: Mapping[str, str], suspects: Collection[str] = ()) -> Inquiry:
+    def begin(
+        self,
+        nodes: Sequence[str],
+        environment: Mapping[str, str],
+        suspects: Collection[str] = (),
+        *,
+        has_probes: bool = True,
+    ) -> Inquiry:
         """Begin to probe nodes. Call it from the main thread.
 
         Args:
             nodes: their names.
             environment: the probes' environment.
             suspects: nodes that the worker's ranks have reported as lost: a connection that fails, too, is proof enough.
+            has_probes: whether nodes are probed; else only what is known of them is taken together.
         """
         self.hurry()
-        known, steps = {node for node in nodes if node in self.lost or self.is_gone(node, suspects)}, {}
+        steps = {}
         for node in nodes:
-            command = None if node in known else self._builder.probe(node)
+            is_probed = has_probes and not self.is_known_lost(node, suspects)
+            command = self._builder.probe(node) if is_probed else None
             if command is not None:
                 steps[node] = start(command, environment, self._run_dir.log(command.name))
         return Inquiry(self, tuple(nodes), steps, tuple(suspects))
@@ -94,6 +103,10 @@ class NodeProber:
     def is_gone(self, node: str, suspects: Collection[str]) -> bool:
         """Return whether a node is lost that its peers have reported: a step on it would need many seconds to fail."""
         return node in suspects and self.watch is not None and self.watch.is_silent(node)
+
+    def is_known_lost(self, node: str, suspects: Collection[str]) -> bool:
+        """Return whether a node is lost, also one that only its peers have reported and that doesn't answer."""
+        return node in self.lost or self.is_gone(node, suspects)
 
     def order(self, spares: tuple[str, ...], node: str) -> tuple[str, ...]:
         """Return spares in the order of their distance from a node, by Slurm's switches and blocks."""

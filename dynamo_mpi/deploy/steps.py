@@ -119,29 +119,30 @@ class SlurmStepController:
         return ""
 
     def cancel(self, steps: Sequence[Step]) -> None:
-        self._cancelled.update(self._scancel(steps, set(), seconds=_CANCEL_SECONDS))
+        self._cancelled.update(self._scancel(steps, self._cancelled, seconds=_CANCEL_SECONDS))
 
     def _scancel(
         self, steps: Sequence[Step], ignored: set[str], *options: str, seconds: float = _SLURM_SECONDS
     ) -> list[str]:
-        """Cancel or signal steps, but those with ignored ids; return their ids."""
+        """Cancel or signal steps, but those with ignored ids; return the ids of those for which Slurm has done it."""
         names = {step.command.step for step in steps}
         # Slurm keeps a step that had a lost node until the job ends, and the worker's next step has the same name
         listed = {number: name for number, name in (self.running(seconds) or {}).items() if name in names}
         ids = [number for number in listed if number not in ignored]
-        self.cancel_ids(ids, *options, seconds=seconds)
+        done = ids if self.cancel_ids(ids, *options, seconds=seconds) else []
         living = {name for number, name in listed.items() if number not in self._cancelled}
         for step in steps:
             if step.command.step not in living:
                 # not created yet, or Slurm doesn't answer: only its srun can end it, though not in order
                 step.child.send(signal.SIGTERM)
-        return ids
+        return done
 
-    def cancel_ids(self, ids: Sequence[str], *options: str, seconds: float = _SLURM_SECONDS) -> None:
-        """Cancel steps by their ids, or with ``--signal=…`` signal them."""
-        if ids:
-            is_signal = any(option.startswith("--signal") for option in options)
-            _ask_slurm("scancel", *options, *ids, seconds=_SIGNAL_SECONDS if is_signal else seconds)
+    def cancel_ids(self, ids: Sequence[str], *options: str, seconds: float = _SLURM_SECONDS) -> bool:
+        """Cancel steps by their ids, or with ``--signal=…`` signal them; return whether Slurm has done it."""
+        if not ids:
+            return True
+        is_signal = any(option.startswith("--signal") for option in options)
+        return _ask_slurm("scancel", *options, *ids, seconds=_SIGNAL_SECONDS if is_signal else seconds) is not None
 
     def running(self, seconds: float = _SLURM_SECONDS) -> dict[str, str] | None:
         """Return the names of the job's steps by their ids, ``JOB.STEP``; None if Slurm doesn't answer."""

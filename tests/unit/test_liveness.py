@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
-from dynamo_mpi.supervisor import heartbeat_client as heartbeat_client
 from dynamo_mpi.supervisor import join
 from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import (
@@ -281,11 +280,10 @@ def test_the_listener_is_closed_once_all_ranks_have_joined() -> None:
     watched.server.close()
 
 
-def test_a_listener_that_does_not_know_the_token_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat_client, "_CONNECT_SECONDS", 0.5)
+def test_a_listener_that_does_not_know_the_token_is_not_rank_0() -> None:
     watched = WatchedServer()
     with pytest.raises(RetryableError, match="can't be reached at 127") as caught:
-        connect(watched.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
+        connect(watched.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1, 0.5)
     assert "--liveness-network" in caught.value.fix
     watched.server.close()
 

@@ -42,12 +42,16 @@ def test_a_host_that_is_cut_off_is_lost_within_the_heartbeat_timeout(network: st
     assert text.startswith("is lost: its host doesn't answer"), text
     assert "check whether far is up" in text
     assert HEARTBEAT / 2 < seconds < 2 * HEARTBEAT
+    ((rank, silent),) = found["silences"]
+    assert rank == 1 and HEARTBEAT / 3 <= silent < HEARTBEAT, "it is seen before, and once"
     kind, seconds = found["rank 1"]
     assert (kind, seconds < 2 * HEARTBEAT) == ("lost", True), found
 
 
 def test_a_process_that_is_stopped_is_distinguished_from_a_host_that_is_lost() -> None:
-    cause, code, text, seconds = on_two_hosts("4", HEARTBEAT, "stop")["rank 0"]
+    found = on_two_hosts("4", HEARTBEAT, "stop")
+    cause, code, text, seconds = found["rank 0"]
+    assert found["silences"] == [], "its kernel acknowledges what is sent to it"
     assert (cause, code) == ("HEARTBEAT", 124)
     assert text.startswith("is stopped or stuck"), text
     assert seconds < 2 * HEARTBEAT

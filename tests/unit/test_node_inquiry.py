@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,17 +15,22 @@ import pytest
 
 from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.deploy import node_inquiry
-from dynamo_mpi.deploy.blame import RankReport
+from dynamo_mpi.deploy.blame import Blame, RankReport
+from dynamo_mpi.deploy.failures import FailureHandler
 from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
 from dynamo_mpi.deploy.node_watch import NodeWatch
-from dynamo_mpi.deploy.nodes import Worker
+from dynamo_mpi.deploy.nodes import Placement, Worker
+from dynamo_mpi.deploy.recovery import MoveToSpare
 from dynamo_mpi.deploy.reports import Beginning
 from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.spares import SparePool
 from dynamo_mpi.deploy.step_commands import Command
-from dynamo_mpi.deploy.steps import MpirunStepController, Step
+from dynamo_mpi.deploy.steps import MpirunStepController, Step, start
+from dynamo_mpi.deploy.worker_ends import last_silence
+from dynamo_mpi.supervisor.failure_reports import silent_host
 from tests.dynamo.running import eventually
 
-HEALTHY, SILENT = "n1", "n2"
+HEALTHY, SILENT, SPARE = "n1", "n2", "n3"
 
 
 class Probes:
@@ -103,6 +109,45 @@ def test_a_spare_that_was_taken_meanwhile_is_asked_no_longer(prober: NodeProber)
     inquiry.drop(SILENT)
     assert step.child.exit_code() is not None
     assert health(inquiry) == {HEALTHY: ""}
+
+
+class NoSteps:
+    """Makes a spare ready without a step."""
+
+    def prepare(self, node: str) -> Sequence[Command]:
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("known_of_spare", "domain", "is_probed"), [("", "", False), ("silent", "", True), ("", "rack 1", True)]
+)
+def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_out(
+    prober: NodeProber, watch: Any, known_of_spare: str, domain: str, is_probed: bool
+) -> None:
+    run_dir, controller = prober._run_dir, MpirunStepController()
+    spares = SparePool((SPARE,), NoSteps(), controller, run_dir, lambda *_: None)
+    spares.start({"PATH": "/usr/bin:/bin"})
+    spares.domains[SPARE] = domain
+    watch.silent |= {SILENT, *([SPARE] if known_of_spare else [])}
+    worker = Worker("agg-0", "agg", "config", (HEALTHY, SILENT), 1)
+    order = (HEALTHY, SILENT, SPARE)
+    failures = FailureHandler(Placement((worker,), (SPARE,), "n0", order), 3, spares, prober, run_dir)
+    found = Blame(75, 1, SILENT, "serve", "its host is lost", suspects=(SILENT,))
+    failures.failed(worker, found, 60.0, {"PATH": "/usr/bin:/bin"})
+    assert bool(prober._builder.asked) == is_probed  # type: ignore[attr-defined] # of the stand-in
+    action = eventually(lambda: failures.due(worker, ()), "what follows", 5)
+    assert isinstance(action, MoveToSpare) and action.moves == ((SILENT, SPARE),)
+    assert failures.workers[0].nodes == (HEALTHY, SPARE)
+    failures.close()
+
+
+def test_a_warning_about_a_silent_host_lets_the_nodes_be_looked_at_once(tmp_path: Path) -> None:
+    line = f"0: dynamo_mpi: rank 0 on n1: warning: rank 1 on n2: {silent_host(1.0)}"
+    step = start(Command("agg-0", "agg-0", (("printf", "%s\\n", "begun", line, "more"),)), os.environ, tmp_path / "log")
+    assert step.child.wait(5)
+    assert last_silence(step) == line
+    quiet = start(Command("agg-1", "agg-1", (("echo", "begun"),)), os.environ, tmp_path / "other")
+    assert quiet.child.wait(5) and last_silence(quiet) == ""
 
 
 WAITS, FAILS, WELL = ("sleep", "600"), ("false",), ("printf", "%s\\n", HERE, ProbeResult().line)

@@ -53,9 +53,9 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
     listener = socket.create_server((address, 0), family=family)
     rendezvous = Rendezvous("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
     seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-    server = HeartbeatServer(
-        2, rendezvous, listener, lambda: "serve", lambda _: "far", RankEvents(seen.put, lambda *_: None)
-    )
+    silences: list[tuple[int, float]] = []
+    events = RankEvents(seen.put, lambda *_: None, on_silence=lambda *silence: silences.append(silence))
+    server = HeartbeatServer(2, rendezvous, listener, lambda: "serve", lambda _: "far", events)
     server.start()
     words = ["ip", "netns", "exec", "far", sys.executable, __file__, "rank", rendezvous.pack(b"").hex()]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as rank:
@@ -70,6 +70,7 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
             os.kill(rank.pid, signal.SIGSTOP)
         failure = seen.get(timeout=60)
         result = {"rank 0": [failure.cause.name, failure.exit_code, failure.text, failure.at - begin]}
+        result["silences"] = list(silences)
         if what == "cut":
             kind, at = json.loads(rank.stdout.readline())
             result["rank 1"] = [kind, at - begin]
