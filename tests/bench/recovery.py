@@ -223,23 +223,28 @@ class Bench:
 
     def kill(self) -> list[str]:
         """A rank is killed."""
-        missed = []
-        with cluster(7) as slurm, deployed(slurm, self.folder / "kill", self.model) as (deployment, worker, streams):
-            kills = [functools.partial(deployment.kill, node, signal.SIGKILL) for node in ("n4", "n3")]
-            ours = [worker.watch(kill, 90) for kill in kills]
-            missed += undisturbed(streams)
-            with ExitStack() as stack:
-                peer = Peer(deployment, self.folder / "peer")
-                stack.callback(peer.end)
-                began = time.time()
-                peer.start()
-                eventually(lambda: peer.worker.is_ready_since(began), "the peer's worker serves", 90)
-                # srun to ready, with all files in the caches
-                self.warm = time.time() - began
-                # a quarter and three quarters of a tick after a look: its mean
-                theirs = [peer.watch(share * TICK_SECONDS) for share in (0.25, 0.75)]
+        missed, theirs, warm = [], [], []
+        ours, again = list[Figures](), list[Figures]()
+        # a quarter and three quarters of a tick after a look: the loop's mean
+        for share in (0.25, 0.75):
+            folder = self.folder / f"kill-{share}"
+            with cluster(7) as slurm, deployed(slurm, folder, self.model) as (deployment, worker, streams):
+                for node, figures in (("n4", ours), ("n3", again)):
+                    figures.append(worker.watch(functools.partial(deployment.kill, node, signal.SIGKILL), 90))
+                missed += undisturbed(streams)
+                with ExitStack() as stack:
+                    peer = Peer(deployment, folder / "peer")
+                    stack.callback(peer.end)
+                    began = time.time()
+                    peer.start()
+                    eventually(functools.partial(peer.worker.is_ready_since, began), "the peer's worker serves", 90)
+                    # srun to ready, with all files in the caches
+                    warm.append(time.time() - began)
+                    theirs.append(peer.watch(share * TICK_SECONDS))
+        self.warm = statistics.mean(warm)
         print(f"\na rank killed ({len(ours)} times each); a warm start takes {self.warm:.1f} s")
         show("launch", ours)
+        show("launch, a second one at once: a pause of 1 s, and the nodes are probed", again)
         show("loop of 5 s tick and 5 s back-off", theirs)
         ratio = mean(ours, "verdict") / mean(theirs, "verdict")
         missed += bound("kill: next verdict by the loop's", ratio, 0.3)
