@@ -21,6 +21,17 @@ PROCESS_START = "start"
 """The time before the first phase: Python's start and its imports."""
 
 
+def phase_of_failure(world: str, own: str) -> str:
+    """Return the phase that the report of a failure names: the world's, which is rank 0's, or the failed rank's own.
+
+    Args:
+        world: empty if it isn't known.
+        own: counts then, and where that rank has left the preflight already and rank 0, which has sent the result, hasn't.
+    """
+    has_result = world == "preflight" and own in PHASES[PHASES.index(world) :]
+    return own if has_result or not world else world
+
+
 class Span(NamedTuple):
     """One phase of one rank, in seconds.
 
@@ -86,11 +97,15 @@ class PhaseProgress(NamedTuple):
 
 
 class PhaseTracker:
-    """Records the start and duration of each phase, in seconds of the monotonic clock."""
+    """Records the start and duration of each phase, in seconds of the monotonic clock.
+
+    Attributes:
+        ahead: on rank 0, the phase that the others begin with the preflight's result, until rank 0 begins one too; empty otherwise.
+    """
 
     def __init__(self) -> None:
         self._born = time.monotonic()
-        self.current = PHASES[0]
+        self.current, self.ahead = PHASES[0], ""
         self.durations: dict[str, float] = {}
         self.spans: list[Span] = []
         self._listeners: list[Callable[[str], None]] = []
@@ -125,7 +140,7 @@ class PhaseTracker:
             raise ValueError(f"no phase is called {name!r}; there are {', '.join(PHASES)}")
         if self.spans and self.spans[-1].phase == name and self.spans[-1].total is None:
             return
-        self.current = name
+        self.current, self.ahead = name, ""
         for listener in self._listeners:
             listener(name)
         if self.spans:

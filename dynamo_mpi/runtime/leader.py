@@ -144,6 +144,8 @@ class LeaderRank:
             stage = staging.plan(reports, network, describe_read_ahead(settings, inputs))
             self._caches = caches = LeaderCaches(self._context, settings, self._hooks)
             spec = spec._replace(bind=bind, stage=stage, caches=caches.plan(result.subject, inputs, reports))
+            is_staged = staging.is_on or caches.is_on
+            self._phases.ahead = "hardware_check" if spec.probe else "stage" if is_staged else "load"
             self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
             bind_to_gpu(self._context, spec)
             watch_gpus(self._context, reports[0])
@@ -184,6 +186,7 @@ class LeaderRank:
         self._catch_signals()
         supervisor = self._start_supervisor(settings, reports, rank0_address.address if rank0_address else "")
         spec = EngineSpec("", str(settings.model), 1, 1, 1, stage=plan)
+        self._phases.ahead = "stage"
         self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
         staging.begin()
         _, code = self._finish_staging(staging, supervisor)

@@ -9,6 +9,7 @@ import time
 
 from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
+from dynamo_mpi.common.phases import phase_of_failure
 from dynamo_mpi.supervisor.failure_reports import died_with_agent
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def compose_report(observed: Sequence[ObservedFailure], phase: str) -> Report:
     def name(ranks: Sequence[int]) -> str:
         return " and ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
 
-    parts = [f"error in {phase or first.phase}: {first.text}", describe_consequences(first, failures, name)]
+    parts = [
+        f"error in {phase_of_failure(phase, first.phase)}: {first.text}",
+        describe_consequences(first, failures, name),
+    ]
     consequences = tuple(each for each in observed if each.failure is not first)
     host = hosts[first.rank]
     return Report(first, host, "\n".join(filter(None, parts)), consequences, first.rank, host)

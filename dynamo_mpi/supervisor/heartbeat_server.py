@@ -74,7 +74,7 @@ class HeartbeatServer:
         size: ranks of the world.
         rendezvous: the address and settings that the ranks received.
         listener: the socket that listens at that address.
-        phase: returns the world's phase.
+        phase: returns the phase of a rank that hasn't sent its own.
         host: returns a rank's host.
         events: called from the server's thread.
     """

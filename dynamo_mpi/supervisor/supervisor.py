@@ -27,6 +27,7 @@ from dynamo_mpi.common.failure import (
 from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
+from dynamo_mpi.common.phases import phase_of_failure
 from dynamo_mpi.common.ports import LOOPBACK, is_free
 from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
 from dynamo_mpi.common.redact import process_redactor
@@ -121,7 +122,7 @@ class WorldSupervisor:
                 self._world.size,
                 rendezvous,
                 listener,
-                lambda: self._phases.current,
+                lambda: self._phases.ahead or self._phases.current,
                 lambda rank: self._ranks[rank].host,
                 RankEvents(
                     self._failures_seen.put,
@@ -314,7 +315,7 @@ class WorldSupervisor:
             "" if first.rank == 0 else f"{self.name([first.rank])}{': ' if first.cause is DetectedBy.REPORT else ' '}"
         )
         parts = [
-            f"error in {phase or first.phase}: {where}{first.text}",
+            f"error in {phase_of_failure(phase, first.phase)}: {where}{first.text}",
             describe_consequences(first, failures, self.name),
         ]
         text = "\n".join(filter(None, parts))

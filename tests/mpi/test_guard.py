@@ -62,6 +62,12 @@ def test_a_death_is_reported_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp
     assert report["report"] in done.stderr
 
 
+def test_a_death_after_the_result_is_not_the_preflights(mpirun: Mpirun) -> None:
+    # rank 0 has sent the result, and hasn't begun the next phase
+    done = mpirun(3, PROGRAM, "kill_in_load", "1", env={"PATIENCE": "30"})
+    assert done.stderr.count("error in load: rank 1 on here died: ") == 1, done.stderr
+
+
 def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> None:
     done = mpirun(3, PROGRAM, "kill", "0", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
     assert done.returncode == 137, done.stderr

@@ -66,6 +66,20 @@ def test_the_death_that_happened_first_is_the_cause_whichever_was_heard_of_first
     assert [each.failure.rank for each in report.consequences] == [0]
 
 
+@pytest.mark.parametrize(
+    ("world", "own", "named"),
+    [
+        ("preflight", "load", "load"),
+        ("preflight", "mpi_init", "preflight"),
+        ("drain", "serve", "drain"),
+        ("load", "serve", "load"),
+        ("", "mpi_init", "mpi_init"),
+    ],
+)
+def test_a_report_names_rank_0s_phase_but_no_preflight_after_its_result(world: str, own: str, named: str) -> None:
+    assert compose_report([seen(1, -0.01, phase=own)], world).text.startswith(f"error in {named}: died")
+
+
 def test_a_rank_that_open_mpi_ended_is_a_consequence_of_a_death_that_was_heard_of_later() -> None:
     text = str(rank_ended("n0", "serve", OPEN_MPI_ABORT, Launcher.SLURM_PMIX))
     heard = [seen(0, -0.02, text), seen(1, -0.01)]

@@ -51,7 +51,7 @@ def suffer(what: str) -> None:
         wait_for_what_never_comes()
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif what == "kill":
+    elif what in ("kill", "kill_in_load"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "raise":
         raise ValueError("this rank has had enough")
@@ -83,12 +83,18 @@ def lead(world: World, what: str, victim: int) -> None:
         use_up_files()
     elif what == "ports":
         use_up_ports()
+    phases = PhaseTracker()
+    if what == "kill_in_load":
+        phases.begin("preflight")
+        phases.ahead = "load"
     network = os.environ.get("NETWORK", "127.0.0.1") or None
     hooks = WorkerHooks()
     hooks.add(CleanUp())
     terms = SupervisorConfig(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
     try:
-        guard = WorldSupervisor(rank_context(world=world, host="here"), [Placed("here")] * world.size, terms, hooks)
+        guard = WorldSupervisor(
+            rank_context(phases, world=world, host="here"), [Placed("here")] * world.size, terms, hooks
+        )
     except DynamoMpiError as error:
         os.write(2, f"refused: {error}\n".encode())
         world.abort(error.exit_code)
