@@ -3,13 +3,14 @@
 
 `dynamo-mpi launch` runs it after a failure, on the worker's nodes, and in full on spare nodes before they are needed. It prints a line at
 once, which shows that the node takes a step, and its result at the end, as JSON. It waits until the ended worker's GPU memory is given back,
-and reads the GPUs' health; in full it also runs NCCL between them.
+and reads the GPUs' health; in full it also runs NCCL between them, and writes down what a worker's preflight would compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -25,6 +26,7 @@ from dynamo_mpi.layout.format import gib
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dynamo_mpi.checks.gpu_facts import GpuFacts
     from dynamo_mpi.checks.gpu_health import GpuHealth
     from dynamo_mpi.layout.finding import Finding
 
@@ -71,7 +73,12 @@ def read_result(output: str) -> ProbeResult | None:
 
 def domain_of(gpus: Sequence[GpuHealth]) -> str:
     """Return the NVLink domain of a node's GPUs, cluster and clique; empty if they have none, or aren't in one."""
-    found = {gpu.facts.fabric for gpu in gpus if not gpu.problem}
+    return domain_of_facts([gpu.facts for gpu in gpus if not gpu.problem])
+
+
+def domain_of_facts(gpus: Sequence[GpuFacts]) -> str:
+    """Return the same of GPUs as the preflight reads them."""
+    found = {gpu.fabric for gpu in gpus}
     fabric = found.pop() if len(found) == 1 else None
     # a cluster of zero doesn't leave the node
     return "" if fabric is None or fabric.problem or not fabric.cluster else f"{fabric.cluster}.{fabric.clique}"
@@ -114,25 +121,49 @@ def problems_of(host: str, gpus: Sequence[GpuHealth], waited: float) -> list[str
 
 def unfit(findings: Sequence[Finding]) -> list[str]:
     """Return the findings with which a node isn't used."""
-    used = [each for each in findings if each.severity is Severity.ERROR or each.rule in _UNFIT]
-    return [f"{each.rule}: {_RANKS.sub('', ' '.join(each.found.split())) or each.message}" for each in used]
+    return [describe(each) for each in findings if each.severity is Severity.ERROR or each.rule in _UNFIT]
+
+
+def describe(finding: Finding) -> str:
+    """Return a finding in a line, without ranks."""
+    return f"{finding.rule}: {_RANKS.sub('', ' '.join(finding.found.split())) or finding.message}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the probe; return 0, whatever it found."""
     parser = argparse.ArgumentParser(prog="python -m dynamo_mpi.checks.node_probe", description=__doc__)
     parser.add_argument("--full", action="store_true", help="also run NCCL between the GPUs")
+    parser.add_argument("--facts", metavar="FILE", help="gets what a preflight compares, of this node and its model")
+    parser.add_argument(
+        "--engine-config", action="append", default=[], metavar="FILE", help="an engine config of a worker"
+    )
     arguments = parser.parse_args(argv)
     print(HERE, flush=True)
     began = time.monotonic()
     gpus = wait_for_memory(MEMORY_SECONDS)
     problems = problems_of(host_name(), gpus, time.monotonic() - began)
+    if arguments.facts:
+        problems += _write_facts(arguments.facts, arguments.engine_config)
     if arguments.full and gpus and not problems:
         from dynamo_mpi.checks.local_check import check_this_host
 
         problems = unfit(check_this_host().findings)
     print(ProbeResult(tuple(problems), domain_of(gpus)).line, flush=True)
     return 0
+
+
+def _write_facts(path: str, engine_configs: Sequence[str]) -> list[str]:
+    """Write down what the preflight of a worker would compare; return why it would refuse this node whatever the others have."""
+    from dynamo_mpi.checks.node_facts import facts_of_node
+    from dynamo_mpi.common.own_files import make_folder, write_own
+
+    facts = facts_of_node(os.environ.get("MODEL_PATH", ""), engine_configs, os.environ)
+    try:
+        make_folder(os.path.dirname(path))
+        write_own(path, json.dumps(facts._asdict()).encode())
+    except OSError as error:
+        print(f"{path} can't be written: {error.strerror}", file=sys.stderr)
+    return facts.problems
 
 
 def _holds(gpu: GpuHealth) -> bool:

@@ -158,7 +158,8 @@ class FailureHandler:
         if self._has_questions(worker, found):
             asked = {node for case in self._cases.values() if case.inquiry is not None for node in case.inquiry.nodes}
             # those that are being made ready compute
-            idle = [node for node in self.nearest_spares(found.host) if node in self.spares.ready and node not in asked]
+            nearest = self.nearest_spares(found.host, self.spares.domain_of(worker.name))
+            idle = [node for node in nearest if node in self.spares.ready and node not in asked]
             nodes = (*(node for node in worker.nodes if node not in found.unfit), *idle[: len(worker.nodes)])
             is_explained = self._is_explained(worker, found)
             inquiry = self.prober.begin(nodes, environment, found.suspects, has_probes=not is_explained)
@@ -188,7 +189,8 @@ class FailureHandler:
         # a bad node is the cause, whichever node was blamed
         bad = next((each.node for each in health if each.problem and each.node in worker.nodes), event.host)
         event = replace(event, host=bad)
-        spares = self.nearest_spares(bad, inquiry.domain_of(worker.nodes) if inquiry is not None else "")
+        domain = (inquiry.domain_of(worker.nodes) if inquiry is not None else "") or self.spares.domain_of(worker.name)
+        spares = self.nearest_spares(bad, domain)
         case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced

@@ -24,6 +24,7 @@ from dynamo_mpi.deploy.step_commands import (
     probe_words,
     services_environment,
     services_words,
+    spare_words,
     worker_environment,
     worker_words,
 )
@@ -167,7 +168,8 @@ class Srun:
 
     def prepare(self, node: str) -> tuple[Command, ...]:
         """What makes a spare ready: the hardware check in the container, which brings the image; a copy of the model if that is staged."""
-        check = self._on_node(node, f"spare-{node}", probe_words(self.source, full=True), {})
+        words = spare_words(self.settings, self.source, self.run_dir, node)
+        check = self._on_node(node, f"spare-{node}", words, worker_environment(self.settings))
         if self.settings.stage_dir is None:
             return (check,)
         options = (*_ON_ONE_NODE, f"--mpi={self.settings.mpi}", f"--nodelist={node}")
@@ -314,20 +316,18 @@ class Mpirun:
 
     def probe(self, node: str) -> Command:
         """The probe of a host after a failure."""
-        return self._probe(f"probe-{node}", node, full=False)
+        return self._on_one(f"probe-{node}", node, probe_words(self.source), {"PYTHON": self.source.python})
 
     def prepare(self, node: str) -> tuple[Command, ...]:
         """What makes a spare host ready: the hardware check, and a copy of the model, where it is staged."""
-        check = self._probe(f"spare-{node}", node, full=True)
+        environment, words = self._environment(), spare_words(self.settings, self.source, self.run_dir, node)
+        check, name = self._on_one(f"spare-{node}", node, words, environment), f"{COPY_STEP}{node}"
         if self.settings.stage_dir is None:
             return (check,)
-        environment = self._environment()
         placed = self._placed((node,), 1, {*environment, *self.forwarded})
-        name = f"{COPY_STEP}{node}"
         return check, Command(name, name, (*placed, only_stage_words(self.source)), environment)
 
-    def _probe(self, name: str, node: str, *, full: bool) -> Command:
-        environment, words = {"PYTHON": self.source.python}, probe_words(self.source, full=full)
+    def _on_one(self, name: str, node: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
         if is_this_host(node):
             return Command(name, name, (words,), environment)
         lines = (*self._placed((node,), 1, {*environment, *self.forwarded}), words)

@@ -12,6 +12,7 @@ ready/NAME.json    exists while a worker serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
                    deployment starts in the folder, those of a worker's last starts before as NAME.1.html, NAME.2.html …
 failures/NAME/     a worker's failure files; made when the first is written
+spares/NODE.json   what a spare has of what a worker's preflight compares
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               if it exists, the deployment ends
 replace/NODE       if it exists, the worker on the node is moved to a spare, and the node is left out

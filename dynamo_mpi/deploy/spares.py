@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spare nodes: made ready in the background while the deployment runs, so that a worker's start there takes no longer than in place.
 
-Each spare gets steps of its own, one after the other: the hardware check, which in a container also unpacks the image there. A spare that
-fails the check is left out. The copy of the model is tried twice; without one the spare is used all the same.
+Each spare gets steps of its own, one after the other: the check of its hardware, its software and the model's files, which in a container
+also unpacks the image there; then the copy of the model. A spare that fails the check is left out, as is one that differs from a worker that
+serves. The copy is tried twice; without one the spare is used all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo_mpi.checks.node_probe import read_result
+from dynamo_mpi.deploy.spare_checks import SpareComparer
 from dynamo_mpi.deploy.step_commands import COPY_STEP
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.step_commands import Command
 
+_MOST_SHOWN = 3
 PREPARING, READY, USED, FAILED = "preparing", "ready", "used", "failed"
 
 
@@ -32,7 +35,7 @@ class Spare:
     Args:
         node: its name.
         state: ``preparing``, ``ready``, ``used`` by a worker, or ``failed``.
-        reason: the worker that uses it, why it failed, or why it has no copy of the model.
+        reason: the worker that uses it, why it failed, or what isn't as it should be: it has no copy of the model, say.
     """
 
     node: str
@@ -70,12 +73,17 @@ class SparePool:
         self._environment: Mapping[str, str] = {}
         self._left: dict[str, list[Command]] = {}
         self._running: dict[str, Step] = {}
+        self._checked: set[str] = set()
+        self._notes: dict[str, str] = {}
+        self._comparer = SpareComparer(run_dir.path)
         self.domains: dict[str, str] = {}
         """By node, the NVLink domain that its GPUs share with other nodes' ones; empty for none."""
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Begin to make them ready."""
         self._environment = environment
+        for node in self._spares:
+            self._comparer.forget(node)
         self._left = {node: list(self._builder.prepare(node)) for node in self._spares}
         self.poll()
 
@@ -84,6 +92,10 @@ class SparePool:
         for spare in list(self._spares.values()):
             if spare.state == PREPARING:
                 self._poll(spare.node)
+        for node, found in self._comparer.look(self._checked.intersection(self.available)).items():
+            if found.problems:
+                self.fail(node, "; ".join(found.problems[:_MOST_SHOWN]))
+            self._notes[node] = "; ".join(found.notes[:_MOST_SHOWN])
 
     def _poll(self, node: str) -> None:
         step = self._running.get(node)
@@ -104,6 +116,7 @@ class SparePool:
                 self._set(node, PREPARING)
             if result is not None:
                 self.domains[node] = result.domain
+                self._checked.add(node)
         if self._left.get(node):
             command = self._left[node].pop(0)
             self._running[node] = start(command, self._environment, self._run_dir.log(command.name))
@@ -113,7 +126,15 @@ class SparePool:
     @property
     def spares(self) -> tuple[Spare, ...]:
         """All of them, also those that are used or have failed."""
-        return tuple(self._spares.values())
+        notes = {node: self._notes.get(node, "") for node in self.available}
+        return tuple(
+            replace(spare, reason="; ".join(filter(None, (spare.reason, notes.get(node)))))
+            for node, spare in self._spares.items()
+        )
+
+    def domain_of(self, worker: str) -> str:
+        """Return the NVLink domain of a worker, as its last start that served has reported it; empty for none."""
+        return self._comparer.domain_of(worker)
 
     @property
     def available(self) -> tuple[str, ...]:
@@ -148,7 +169,7 @@ class SparePool:
 
     def describe(self) -> list[dict[str, Any]]:
         """Return their states as plain data."""
-        return [asdict(spare) for spare in self._spares.values()]
+        return [asdict(spare) for spare in self.spares]
 
     def _set(self, node: str, state: str, reason: str = "") -> None:
         self._spares[node] = replace(self._spares[node], state=state, reason=reason)

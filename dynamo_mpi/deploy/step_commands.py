@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # begins the name of each step that `launch` starts; other steps of a job are never ended by what a file or a record says
 STEP_PREFIX = "dynmpi-"
 SERVICES = "services.json"
+# the folder, in that of the deployment, in which spares write what they have
+SPARES = "spares"
 # begins the name of the step that copies the model to a spare
 COPY_STEP = "stage-"
 
@@ -194,9 +196,16 @@ def check_flags(settings: LaunchSettings) -> tuple[str, ...]:
     return (*words, "--gpus-per-node", str(settings.gpus_per_node))
 
 
-def probe_words(source: CodeLocation, *, full: bool = False) -> tuple[str, ...]:
+def probe_words(source: CodeLocation) -> tuple[str, ...]:
     """Return the command line of the probe of a node."""
-    return (*source.entry("probe_node.sh"), *(("--full",) if full else ()))
+    return source.entry("probe_node.sh")
+
+
+def spare_words(settings: LaunchSettings, source: CodeLocation, run_dir: str, node: str) -> tuple[str, ...]:
+    """Return the command line of the check of a spare; `worker_environment` has the model."""
+    configs = dict.fromkeys(filter(None, (settings.of(role)[0] for role in settings.worker_roles)))
+    files = [word for config in configs for word in ("--engine-config", config)]
+    return (*probe_words(source), "--full", "--facts", f"{run_dir}/{SPARES}/{node}.json", *files)
 
 
 def only_stage_words(source: CodeLocation) -> tuple[str, ...]:

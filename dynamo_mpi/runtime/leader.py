@@ -130,6 +130,7 @@ class LeaderRank:
                 self._hooks.assign_runtime_port(settings)
                 check_frontend_can_load(settings.model, inputs.report_request.files[0].content)
                 signals = self._publish_record(settings, result, reports)
+                self._hooks.preflight = inputs.report_request, reports[0]
                 supervisor = self._start_supervisor(settings, reports, rank0_address.address if rank0_address else "")
             except DynamoMpiError as error:
                 return self._stop(f"error: {error}", error.exit_code)

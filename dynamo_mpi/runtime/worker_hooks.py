@@ -16,7 +16,7 @@ from dynamo_mpi.telemetry.health_publisher import HealthPublisher, WorldStatus
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.rank_report import RankReport
+    from dynamo_mpi.checks.rank_report import RankReport, ReportRequest
     from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
@@ -65,6 +65,7 @@ class LeaderHooks(WorkerHooks):
         leases: the leases that the worker owns in etcd.
         status: the worker's status; None until the settings are read.
         record: the worker's record; None until it is created.
+        preflight: rank 0's request of the preflight and its own report, with which spare nodes are compared; None until it has passed.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LeaderHooks(WorkerHooks):
         self.leases = OwnedLeases(context.agent)
         self.status: WorldStatus | None = None
         self.record: WorkerRecord | None = None
+        self.preflight: tuple[ReportRequest, RankReport] | None = None
         self.add(self.leases)
         if notifier is not None:
             self.add(notifier)
@@ -181,7 +183,7 @@ class LeaderHooks(WorkerHooks):
             self.status.tracker = supervisor.tracker
         if self._health is not None:
             self._health.collect()
-        self.add(ReadyFile(self._context, settings, preflight_seconds, self.system_url))
+        self.add(ReadyFile(self._context, settings, preflight_seconds, self.system_url, self.preflight))
         if settings.timeline is not None and self.record is not None:
             from dynamo_mpi.telemetry.trace_writer import TraceWriter
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.checks.preflight import PreflightResult
-    from dynamo_mpi.checks.rank_report import RankReport
+    from dynamo_mpi.checks.rank_report import RankReport, ReportRequest
     from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.engine_config import EngineConfig
@@ -134,11 +134,19 @@ class ReadyFile(WorkerHook):
         settings: the worker's settings; they name the file.
         preflight_seconds: seconds from the start to the end of preflight.
         system: URL of /health, /live and /metrics; None if they aren't served.
+        preflight: rank 0's request of the preflight and its own report, with which spare nodes are compared; None for nothing.
     """
 
-    def __init__(self, context: RankContext, settings: Settings, preflight_seconds: float, system: str | None) -> None:
+    def __init__(
+        self,
+        context: RankContext,
+        settings: Settings,
+        preflight_seconds: float,
+        system: str | None,
+        preflight: tuple[ReportRequest, RankReport] | None = None,
+    ) -> None:
         self._context, self._settings = context, settings
-        self._preflight_seconds, self._system = preflight_seconds, system
+        self._preflight_seconds, self._system, self._preflight = preflight_seconds, system, preflight
 
     def on_ready(self) -> None:
         """Write the file atomically."""
@@ -158,12 +166,20 @@ class ReadyFile(WorkerHook):
             "phases": phases.durations,
             "verdict_seconds": self._preflight_seconds,
             "ready_seconds": phases.age,
+            "node": self._node(),
         }
         try:
             # as the umask allows: other users' scripts may wait for it, and it contains no secret
             write_own(path, f"{json.dumps(content)}\n".encode(), 0o666)
         except OSError as error:
             self._context.log.warning(f"the ready file {path} can't be written: {reason(error)}")
+
+    def _node(self) -> dict[str, Any] | None:
+        if self._preflight is None:
+            return None
+        from dynamo_mpi.checks.node_facts import facts_of_worker
+
+        return facts_of_worker(*self._preflight)._asdict()
 
     def on_failure_detected(self) -> None:
         """Remove the file."""

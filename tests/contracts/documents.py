@@ -260,11 +260,19 @@ def ready_file() -> str:
         path = Path(folder, "ready.json")
         settings = sources.load_settings(sources.WorkerSources(["--model", "/models/M", "--ready-file", str(path)], {}))
         context = rank_context(phases_of("load"), ranks=8)
+        file = sources.ComparedFile("model config", "/models/M/config", "{}")
+        request = sources.ReportRequest((), "/models/M", ("a.safetensors",), (file,))
+        preflight = (
+            request,
+            sources.RankReport("n1", "", "1.0", (), sources.HostFacts(True, "Open MPI").pack(), ("580.1",)),
+        )
         for system in ("http://n1:9090", None):
-            sources.ReadyFile(context, settings, 1.5, system).on_ready()
+            sources.ReadyFile(context, settings, 1.5, system, preflight if system else None).on_ready()
             samples.append(json.loads(path.read_text()))
     return members_of(
-        samples, maps=("phases",), varying=("pid", "process_start", "host", "started", "ready_seconds", "<key>")
+        samples,
+        maps=("phases", "node.files"),
+        varying=("pid", "process_start", "host", "started", "ready_seconds", "<key>"),
     )
 
 

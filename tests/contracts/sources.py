@@ -15,6 +15,8 @@ from dynamo_mpi.checks.fabric_steps import FabricAnswer, Measured, Step
 from dynamo_mpi.checks.gpu_check import figures_of as gpu_figures
 from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest
 from dynamo_mpi.cli import check as check_verb
 from dynamo_mpi.cli import doctor as doctor_verb
 from dynamo_mpi.cli import down as down_verb

@@ -52,6 +52,29 @@ def deployment(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator
         found.process.end()
 
 
+@pytest.fixture
+def unlike(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Deployment]:
+    """The same with an engine config on each node's own file system: that of the spare is another one."""
+    for node in slurm.nodes:
+        root = Path(f"/proc/{slurm.cluster.init_pid(node)}/root")
+        text = (ROOT / "engine_configs" / "smollm2" / "tp1.yaml").read_text()
+        (root / "dev/shm/engine.yaml").write_text(text + "# of its own\n" * (node == "n4"))
+    variables = settings(slurm, model_dir, 1, 1, "/dev/shm/engine.yaml")
+    variables |= {"NUM_SPARE_NODES": "1", "SALLOC_NO_KILL": "set", "NUM_DECODE_WORKERS": "2"}
+    command = (str(ROOT / "scripts" / "srun_disaggregated.sh"), "--skip-check")
+    found = Deployment(slurm, tmp_path, command, variables)
+    yield found
+    with contextlib.suppress(ProcessLookupError):
+        found.process.end()
+
+
+def test_a_spare_with_another_engine_config_is_left_out_before_it_is_needed(unlike: Deployment) -> None:
+    unlike.wait_for_text("warning: the spare node n4 is left out: P2: /dev/shm/engine.yaml differs from that on n")
+    assert [spare["state"] for spare in status(unlike)["spares"]] == ["failed"]
+    os.kill(unlike.launcher(), signal.SIGINT)
+    assert unlike.wait() == 130, unlike.text()
+
+
 def status(deployment: Deployment) -> dict[str, Any]:
     words = (sys.executable, "-m", "dynamo_mpi", "status", "--output", "json", "--run-dir", deployment.run_dir)
     done = deployment.slurm.exec(*words, env={"PYTHONPATH": str(ROOT)})
@@ -79,6 +102,9 @@ def test_a_killed_rank_comes_back_in_place_and_a_lost_node_is_replaced(
     deployment.wait_for_text("start 2 of at most 4 in an hour, at once")
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
     assert deployment.text().count("decode-0: 1 rank on n2") == 2
+    # the spare was compared with the workers, and is like them
+    assert json.loads((deployment.run_dir / "spares" / "n4.json").read_text())["host"] == "n4"
+    assert not (deployment.run_dir / "excluded.json").exists()
 
     began = time.monotonic()
     slurm.kill_node("n3")

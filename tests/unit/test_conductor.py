@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.checks.node_facts import NodeFacts
 from dynamo_mpi.checks.node_probe import HERE, ProbeResult
 from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
-from dynamo_mpi.deploy import first_steps, node_inquiry, recovery, reports, step_ender, worker_ends
+from dynamo_mpi.deploy import first_steps, node_inquiry, recovery, reports, spare_checks, step_ender, worker_ends
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.node_health import parse_nodes
 from dynamo_mpi.deploy.node_watch import NodeWatch
@@ -513,6 +514,36 @@ def test_a_spare_that_is_bad_itself_is_passed_over(run: Run, tmp_path: Path) -> 
     assert "warning: the spare node s1 is left out: V10: GPU 3: 2 uncorrected ECC errors" in said
     assert "s2 takes its place" in said
     assert [one["node"] for one in content_of(tmp_path / "run" / "excluded.json")["nodes"]] == ["s1", "n"]
+
+
+def test_a_spare_that_differs_from_a_worker_that_serves_is_left_out_before_it_is_needed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare_checks, "LOOK_SECONDS", 0.05)
+    folder, states = tmp_path / "run", list[dict[str, str]]()
+    node = NodeFacts("m", "1.0", "cpython 3.12", "/model", 1, "w", {"/model/config.json": "c"})
+    (tmp_path / "ready.json").write_text(json.dumps({"node": node._asdict()}))
+    other = node._replace(host="s1", files={"/model/config.json": "other"})
+    for name, facts in (("s1", other), ("s2", node)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts._asdict()))
+    serve = f'cp {tmp_path}/ready.json "$READY.new"; mv "$READY.new" "$READY"; {WAIT}'
+    write = f"umask 077; mkdir -p {folder}/spares; cp {tmp_path}/$NODE.json {folder}/spares/$NODE.json; {WELL}"
+
+    def look() -> None:
+        while not states or "preparing" in states[-1].values():
+            spares = content_of(folder / "deployment.json")["spares"]
+            states.append({spare["node"]: spare["state"] for spare in spares})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    why = "P3: /model/config.json differs from that on m"
+    left_out = f"warning: the spare node s1 is left out: {why}"
+    code, said = run(
+        left_out, look, 3, workers=APART, spares=("s1", "s2"), prefill=serve, decode=SERVE, prepare_script=write
+    )
+    assert (code, left_out in said) == (143, True), said
+    assert states[-1]["s2"] == "ready"
+    (left,) = content_of(folder / "excluded.json")["nodes"]
+    assert (left["node"], left["reason"]) == ("s1", why)
 
 
 @pytest.mark.parametrize(("failures", "reason"), [(1, ""), (2, "no copy of the model there: stage-s1 ended with exit")])
