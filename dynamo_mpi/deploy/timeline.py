@@ -93,7 +93,7 @@ def _with_failure(start: StartupTrace, found: Blame | None) -> StartupTrace:
         return start
     rank = found.rank if found.rank >= 0 else None
     host, phase, error = (printable(text) for text in (found.host, found.phase, found.error or "no error text"))
-    mark = FailureMark(rank, host, phase, error, found.code, told=False)
+    mark = FailureMark(rank, host, phase, error, found.code, reported=False)
     return replace(start, outcome=FAILED, failure=mark, written=time.time())
 
 

@@ -209,7 +209,7 @@ def describe_failure(trace: StartupTrace) -> str:
     failure = trace.failure
     if failure is None:
         return ""
-    where = "" if failure.rank is None else f"rank {failure.rank} on {failure.host}{':' if failure.told else ''} "
+    where = "" if failure.rank is None else f"rank {failure.rank} on {failure.host}{':' if failure.reported else ''} "
     return f"{where}{failure.error}"
 
 

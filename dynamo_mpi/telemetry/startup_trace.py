@@ -43,7 +43,7 @@ class FailureMark:
         phase: the phase that the rank was in; empty if unknown.
         error: the first line of the error.
         exit_code: the exit code of the ranks.
-        told: whether the rank reported the error itself; otherwise ``error`` is what others observed of the rank.
+        reported: whether the rank reported the error itself; otherwise ``error`` is what others observed of the rank.
     """
 
     rank: int | None
@@ -51,7 +51,7 @@ class FailureMark:
     phase: str
     error: str
     exit_code: int
-    told: bool = True
+    reported: bool = True
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ def _encode(trace: StartupTrace) -> dict[str, Any]:
     return {
         **plain,
         "layout": trace.layout and asdict(trace.layout),
-        "failure": trace.failure and asdict(trace.failure),
+        # by its former name too, until 0.2
+        "failure": trace.failure and {**asdict(trace.failure), "told": trace.failure.reported},
         "ranks": [
             {
                 "rank": rank.rank,
@@ -205,12 +206,18 @@ def _decode(data: object) -> StartupTrace:
         StartupTrace,
         data,
         layout=None if layout is None else read_fields(RecordedLayout, layout),
-        failure=None if failure is None else read_fields(FailureMark, failure),
+        failure=None if failure is None else _decode_failure(failure),
         ranks=tuple(_decode_rank(rank) for rank in ranks),
     )
     for moment in (trace.written, trace.ready):
         _seconds(moment)
     return trace
+
+
+def _decode_failure(data: object) -> FailureMark:
+    if isinstance(data, dict) and "told" in data:  # a file of an earlier version
+        data = {"reported": data["told"], **data}
+    return read_fields(FailureMark, data)
 
 
 def _decode_rank(data: object) -> RankTimings:

@@ -126,6 +126,17 @@ def test_what_a_later_version_adds_is_left_out() -> None:
     assert decode_traces(json.dumps(whole)) == (rounded(start_of(2)),)
 
 
+@pytest.mark.parametrize("reported", [True, False])
+def test_the_former_name_of_a_failure_s_member_is_written_and_read(reported: bool) -> None:
+    start = replace(start_of(1), failure=replace(mishap(0, "n0"), reported=reported))
+    plain = encode_traces([start])
+    failure = plain["workers"][0]["failure"]
+    assert (failure["reported"], failure["told"]) == (reported, reported)
+    del failure["reported"]
+    (read,) = decode_traces(json.dumps(plain))
+    assert read.failure == start.failure
+
+
 def test_the_slowest_is_named_with_how_late_it_was() -> None:
     start = start_of(16, slow=13)
     (load,) = words_of(start)
