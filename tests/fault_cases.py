@@ -216,20 +216,20 @@ class Outcome:
         Raises:
             LeftBehind: all is well, but that something is left; the last to be looked at.
         """
-        patience = HEARTBEAT if self.case.fault in SILENT else 0.0
+        noticed_after = HEARTBEAT if self.case.fault in SILENT else 0.0
         print(self)  # for pytest -rA
         assert self.code is not None, f"it still ran {self.seconds:.1f} s after the fault\n{self.text}"
-        assert self.seconds <= patience + PROMPT_SECONDS + launcher_seconds, f"{self.seconds:.2f} s\n{self.text}"
+        assert self.seconds <= noticed_after + PROMPT_SECONDS + launcher_seconds, f"{self.seconds:.2f} s\n{self.text}"
         assert self.code in codes, f"exit code {self.code}\n{self.text}"
         self.check_report(host)
         if self.case.streaming:
             assert len(self.streams) == STREAMS, self.streams
             for stream in self.streams:
                 assert stream["end"] != "done", stream
-            assert self.streams_seconds <= patience + PROMPT_SECONDS, f"streams for {self.streams_seconds:.2f} s"
+            assert self.streams_seconds <= noticed_after + PROMPT_SECONDS, f"streams for {self.streams_seconds:.2f} s"
         if self.left:
             raise LeftBehind(f"{self.left} is left, keys for {self.keys_seconds:.2f} s\n{self.text}")
-        assert self.keys_seconds <= patience + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
+        assert self.keys_seconds <= noticed_after + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
 
     @property
     def blocks(self) -> list[tuple[str, str, str]]:

@@ -222,11 +222,15 @@ def refusal_of_ranks(reports: Sequence[RankReport]) -> tuple[ExitCode, str]:
 
 def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightResult:
     """Apply all rules to the ranks' reports. Pure."""
-    roster = check_ranks(reports)
+    rank_findings = check_ranks(reports)
     nodes = hosts(reports)
-    scattered = any(finding.rule == "A11" for finding in roster)
+    scattered = any(finding.rule == "A11" for finding in rank_findings)
     # facts from ranks of another version can't be read
-    rows = _rows(reports) if plan.report_request.hosts and not any(finding.rule == "P4" for finding in roster) else []
+    rows = (
+        _rows(reports)
+        if plan.report_request.hosts and not any(finding.rule == "P4" for finding in rank_findings)
+        else []
+    )
     gpu = plan.gpu or _kind(rows)
     cluster = Cluster(1, len(reports), gpu) if scattered else Cluster(len(nodes), len(reports) // len(nodes), gpu)
     subject = LayoutSpec(
@@ -243,7 +247,7 @@ def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightR
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
     bindings, unlike = _bindings(plan, rows)
-    findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory), *unlike]
+    findings = [*rank_findings, *ours, *_host_findings(plan, rows, checked.memory), *unlike]
     details = render([finding for finding in findings if finding.severity is not Severity.INFO])
     if stopping := errors(findings):
         count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"

@@ -83,14 +83,14 @@ class Replacements:
                 continue  # repeated, after its time limit say: it has the open one's answers
             request = self._accept(Replacement(node, time=time.time()))
             self._requests = [*self._requests[-_MOST:], request]
-            self._tell(request)
+            self._log_state(request)
         for place, request in enumerate(self._requests):
             if request.state not in (DONE, REFUSED):
                 after = self._advance(request)
                 if after != request:
                     self._requests[place] = after
                     if after.state != request.state:
-                        self._tell(after)
+                        self._log_state(after)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return all requests as plain data."""
@@ -162,7 +162,7 @@ class Replacements:
         same = [each.name for each in workers if each.role == worker.role and each.name != worker.name]
         return [name for name in same if self._workers.lives(name)]
 
-    def _tell(self, request: Replacement) -> None:
+    def _log_state(self, request: Replacement) -> None:
         to = f", {request.to} takes its place" if request.to else ""
         why = f" ({request.reason})" if request.reason else ""
         worker = f" of {request.worker}" if request.worker else ""

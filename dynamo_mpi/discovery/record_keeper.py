@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
     from dynamo_mpi.discovery.records import StoredRecord, WorkerRecord
 
-_FAREWELL_SECONDS = 1.0
+_CLOSE_SECONDS = 1.0
 # the record must stay small, however often a partner restarts
 # there may be thousands of requests per second
 _BETWEEN_UPDATES_SECONDS = 1.0
@@ -131,7 +131,7 @@ class RecordKeeper:
             thread.start()
             self._thread = thread
         if thread is not threading.current_thread():
-            thread.join(_FAREWELL_SECONDS)
+            thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
         renew_at = time.monotonic() + self._pause()
@@ -240,7 +240,7 @@ class RecordKeeper:
     def _retract(self) -> None:
         with contextlib.suppress(DynamoMpiError):  # otherwise it expires with its lease
             if self._lease is not None:
-                self._etcd.revoke(self._lease.id, _FAREWELL_SECONDS)
+                self._etcd.revoke(self._lease.id, _CLOSE_SECONDS)
         self._etcd.close()
 
 

@@ -116,7 +116,7 @@ def run_follower(
         # rank 0 reports ranks that don't reach this barrier
         world.barrier(2 * SHUTDOWN_SECONDS)
     if caches is not None:
-        # not before: nobody waits for it now, and where this process is killed its node agent does it
+        # not before: no other rank waits for it now, and where this process is killed its node agent does it
         caches.remove()
     signals.close()
     heartbeat.close()

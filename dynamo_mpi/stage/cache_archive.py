@@ -33,7 +33,7 @@ _MOST_GROUP_BYTES = 1 << 20
 _CHUNK = 4 << 20
 _ATTEMPTS = 3
 _MOST_SHOWN = 200
-# of a process that is still compiling, or of nobody; locks are made again. For one that is there, torch's extensions wait for ever
+# of a process that is still compiling, or has ended; locks are made again. For one that is there, torch's extensions wait for ever
 _LEFT_OUT = frozenset({"tmp", "lock", "locks", "__pycache__"})
 
 

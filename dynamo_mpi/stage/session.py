@@ -181,7 +181,7 @@ class Staging:
                 time.sleep(_POLL_SECONDS)
             self._in_memory = store.in_memory
             answer: dict[str, Any] = {"host": host_name(), "state": state.value, "path": self._path}
-            # what is to be checked first feeds nobody
+            # what is to be checked first feeds no other node
             answer["feeds"] = state is State.COMPLETE and not self._plan.digests and store.can_feed(self._manifest)
             if len(self._plan.firsts) > 1 and (state is State.MISSING or self._world.rank == 0):
                 address = host_address(self._plan.network or None, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")

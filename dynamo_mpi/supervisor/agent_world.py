@@ -129,7 +129,7 @@ class WorldWatch:
     def join(self, rank: int, text: str) -> None:
         """Apply what rank 0 sent with the preflight result; ``text`` is the result of `Rendezvous.as_json`."""
         try:
-            self.rendezvous = rendezvous = Rendezvous(**json.loads(text)["meeting"])
+            self.rendezvous = rendezvous = Rendezvous(**json.loads(text)["rendezvous"])
         except (ValueError, KeyError, TypeError):
             return
         self._peers.is_hub |= rank == 0

@@ -92,7 +92,7 @@ class Rendezvous(NamedTuple):
 
     def as_json(self) -> str:
         """Encode it as one line for this rank's node agent."""
-        return json.dumps({"meeting": self._asdict()})
+        return json.dumps({"rendezvous": self._asdict()})
 
     @classmethod
     def unpack(cls, data: bytes) -> tuple[Rendezvous, bytes]:

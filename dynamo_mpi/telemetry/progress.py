@@ -157,7 +157,7 @@ class ProgressReporter(WorkerHook):
 
     Args:
         context: rank 0's context.
-        roll: the ranks' progress.
+        tracker: the ranks' progress.
         settings: the worker's settings: ``progress`` (``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses ``plain`` or ``live``)
             and ``progress_interval``, seconds to the first line of a phase.
         on_progress: called every two seconds, and whenever a line is due, in the reporter's thread, even if nothing is shown.
@@ -167,12 +167,12 @@ class ProgressReporter(WorkerHook):
     def __init__(
         self,
         context: RankContext,
-        roll: ProgressTracker,
+        tracker: ProgressTracker,
         settings: Settings,
         on_progress: Callable[[PhaseProgress], object] = lambda _: None,
         writer: LogWriter = log_writer,
     ) -> None:
-        self._roll, self._phases, self._log, self._writer = roll, context.phases, context.log, writer
+        self._tracker, self._phases, self._log, self._writer = tracker, context.phases, context.log, writer
         self._report = on_progress
         self._mode = select_mode(settings.progress, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
         self._first, self._parts_seen = settings.progress_interval, settings.engine != "trtllm"
@@ -240,7 +240,7 @@ class ProgressReporter(WorkerHook):
             self._writer.set_status_lines(())
 
     def _publish(self) -> PhaseProgress:
-        progress = self._roll.progress()
+        progress = self._tracker.progress()
         self._report(progress)
         return progress
 
@@ -255,7 +255,7 @@ class ProgressReporter(WorkerHook):
             return
         # a terminal that doesn't know its size reports 0
         terminal = Terminal(width or 80, height or 24)
-        ranks = self._roll.ranks()
+        ranks = self._tracker.ranks()
         lines = table(phase, ranks, time.time(), terminal, parts_seen=self._parts_seen)
         self._writer.set_status_lines(lines)
         if self._closed:

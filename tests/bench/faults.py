@@ -43,7 +43,7 @@ from tests.slurm.fault_runner import RANKS_PER_NODE, srun_faults
 from tests.slurm.session import SlurmSession
 
 HERE = Path(__file__).resolve().parent
-PATIENCE_SECONDS = 15.0
+HANG_SECONDS = 15.0
 START_SECONDS = 60.0
 NONE = "-"
 PLAIN_FAULTS = ("kill", "stop", "exception", "exit0", "exit3")
@@ -319,7 +319,7 @@ def keys_cell(outcome: Outcome) -> str:
 
 def plain_ranks(launchers: Sequence[Plain]) -> None:
     """Print what follows a fault in ranks without us."""
-    print(f"\nPlain mpi4py ranks in a collective (over {PATIENCE_SECONDS:g} s is a hang):\n")
+    print(f"\nPlain mpi4py ranks in a collective (over {HANG_SECONDS:g} s is a hang):\n")
     print_head(["fault in one rank"], {plain.title: ("end", "code") for plain in launchers})
     for fault in PLAIN_FAULTS:
         cells = [fault]
@@ -355,7 +355,7 @@ def time_the_end(process: subprocess.Popen[str]) -> list[str]:
     begin = time.monotonic()
     try:
         # not for the pipe's end: what the launcher has left may hold it
-        process.wait(PATIENCE_SECONDS)
+        process.wait(HANG_SECONDS)
         return [f"{time.monotonic() - begin:.1f}", str(process.returncode)] if happened else ["not measured", NONE]
     except subprocess.TimeoutExpired:
         for number in (signal.SIGTERM, signal.SIGKILL):

@@ -46,7 +46,7 @@ from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 Watch = Callable[[socket.socket, Rendezvous, int, "queue.SimpleQueue[float]"], object]
 _CONNECTORS = 32
-_PATIENCE_SECONDS = 60.0
+_TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 
 
@@ -112,7 +112,7 @@ def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
     for _ in range(deaths):
         ours.send("die")
         # both clocks are the machine's
-        known.append(-ours.recv() + ends.get(timeout=_PATIENCE_SECONDS))
+        known.append(-ours.recv() + ends.get(timeout=_TIMEOUT_SECONDS))
     ours.send("end")
     others.join()
     if isinstance(watcher, HeartbeatServer):
@@ -244,7 +244,7 @@ def be_ranks(rendezvous: Rendezvous, ranks: int, orders: Connection) -> None:
 
 
 def live(rendezvous: Rendezvous, lines: list[FrameConnection], orders: Connection) -> None:
-    """Send each line's heartbeats, spread over their period, and obey."""
+    """Send each line's heartbeats, spread over their period, and handle orders."""
     selector = selectors.DefaultSelector()
     selector.register(orders, selectors.EVENT_READ)
     for line in lines:

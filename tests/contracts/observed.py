@@ -139,12 +139,12 @@ def failure_report() -> Reported:
         _stderr_in(Path(folder, "stderr")) as stderr,
     ):
         failures = Path(folder, "failures")
-        meeting = sources.Rendezvous("n1", failure_dir=str(failures), label="backend")
+        rendezvous = sources.Rendezvous("n1", failure_dir=str(failures), label="backend")
         writer = sources.ReportWriter("")
-        writer.publish(report, meeting, 0)
+        writer.publish(report, rendezvous, 0)
         writer.finish()
         os.environ["TRACEPARENT"] = f"00-{'1' * 32}-{'2' * 16}-01"
-        writer.publish(report, meeting, 3)
+        writer.publish(report, rendezvous, 3)
         writer.finish()
         text = stderr.read_text(encoding="utf-8")
         files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(failures.iterdir(), reverse=True)]

@@ -120,8 +120,8 @@ def test_a_short_absence_is_nothing_and_an_etcd_that_has_forgotten_the_worker_en
         # what somebody deletes is there again, under the same lease
         etcd.delete("v1/")
         # dynamo.trtllm deletes them itself when it is asked to end, and has the time for that
-        patience = NOTICED_SECONDS + (2 * LEASE if kind == "trtllm" else 0)
-        eventually(lambda: etcd.keys() == keys, "the keys are written again", patience)
+        timeout_seconds = NOTICED_SECONDS + (2 * LEASE if kind == "trtllm" else 0)
+        eventually(lambda: etcd.keys() == keys, "the keys are written again", timeout_seconds)
         eventually(lambda: answers(frontend, model_dir.name), "it is found again", 20)
 
         events = Stream(frontend.port, model_dir.name, 60 if kind == "reference" else 10).events()

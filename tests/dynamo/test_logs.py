@@ -25,7 +25,7 @@ HOST = os.uname().nodename
 SLOW_SECONDS = 4
 
 
-def spoken(text: str) -> list[dict[str, Any]]:
+def log_lines(text: str) -> list[dict[str, Any]]:
     """Return our lines of JSON; mpirun may have put its own words between the lines."""
     return [json.loads(line) for line in text.splitlines() if '"target":"dynamo_mpi"' in line]
 
@@ -49,7 +49,7 @@ def test_a_slow_rank_is_named_in_lines_of_json_and_in_log_files(
     finally:
         worker.stop()
     assert "dynamo_mpi: " not in worker.text()
-    lines = spoken(worker.text())
+    lines = log_lines(worker.text())
     for line in lines:
         assert line["host"] == HOST
         assert not re.search(rf"rank \d+ on {HOST}", line["message"])
@@ -58,8 +58,8 @@ def test_a_slow_rank_is_named_in_lines_of_json_and_in_log_files(
     assert (said["warning"]["level"], said["ready"]["level"], said["fault"]["rank"]) == ("WARN", "INFO", 2)
     progress = [line for line in lines if line.get("phase") == "load"]
     # rank 2 sleeps, and the others wait for it inside MPI
-    asleep = moment(said["fault"])
-    meanwhile = [line for line in progress if 0 < moment(line) - asleep < SLOW_SECONDS]
+    stopped_at = moment(said["fault"])
+    meanwhile = [line for line in progress if 0 < moment(line) - stopped_at < SLOW_SECONDS]
     assert len(meanwhile) >= 2, progress
     for line in meanwhile:
         assert (line["done"], line["ranks"], line["slowest_rank"], line["slowest_host"]) == (0, 3, 2, HOST)
@@ -75,8 +75,8 @@ def test_a_slow_rank_is_named_in_lines_of_json_and_in_log_files(
         "backend-rank-2.log",
         *(["backend-rank-1.log"] if (logs / "backend-rank-1.log").exists() else []),
     ]
-    assert spoken((logs / "backend-rank-0.log").read_text()) == [line for line in lines if line["rank"] == 0]
-    assert [line["message"] for line in spoken((logs / "backend-rank-2.log").read_text())] == [
+    assert log_lines((logs / "backend-rank-0.log").read_text()) == [line for line in lines if line["rank"] == 0]
+    assert [line["message"] for line in log_lines((logs / "backend-rank-2.log").read_text())] == [
         f"fault: slow {SLOW_SECONDS} in load"
     ]
 

@@ -98,7 +98,7 @@ def test_ranks_of_two_hosts_are_seeded_from_one_archive(ranks: Ranks) -> None:
     assert ranks.left() == []
 
 
-def test_a_host_that_can_t_be_seeded_holds_nobody_up_and_all_compile(ranks: Ranks, hosts: Hosts) -> None:
+def test_a_host_that_can_t_be_seeded_delays_no_other_and_all_compile(ranks: Ranks, hosts: Hosts) -> None:
     ranks.run()
     base = "/tmp/base"
     for line, why in (

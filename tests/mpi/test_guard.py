@@ -37,7 +37,7 @@ def test_a_missed_deadline_reports_the_phase_of_every_rank(mpirun: Mpirun) -> No
     done = mpirun(3, PROGRAM, "hang", "1")
     assert done.returncode == 124, done.stderr
     assert "the barrier was not passed after 1 s" in done.stderr
-    assert "--patience gives it longer" in done.stderr
+    assert "--timeout gives it longer" in done.stderr
     _, _, stacks = done.stderr.partition("where the ranks are:\n")
     hung, others = stacks.index("rank 1 on here:\n"), stacks.index("ranks 0, 2 on here:\n")
     assert hung < stacks.index("in wait_for_what_never_comes") < others
@@ -51,7 +51,7 @@ def test_a_rank_that_can_not_answer_is_reported_first(mpirun: Mpirun) -> None:
 
 
 def test_a_death_is_reported_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp_path: Path) -> None:
-    done = mpirun(3, PROGRAM, "kill", "1", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
+    done = mpirun(3, PROGRAM, "kill", "1", env={"TIMEOUT": "30", "FAILURES": str(tmp_path)})
     assert done.returncode == 137, done.stderr
     assert done.stderr.count("error in environment: rank 1 on here died: ") == 1
     (file,) = tmp_path.glob("*.json")
@@ -69,7 +69,7 @@ def test_a_death_after_the_result_is_not_the_preflights(mpirun: Mpirun) -> None:
 
 
 def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> None:
-    done = mpirun(3, PROGRAM, "kill", "0", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
+    done = mpirun(3, PROGRAM, "kill", "0", env={"TIMEOUT": "30", "FAILURES": str(tmp_path)})
     assert done.returncode == 137, done.stderr
     assert done.stderr.count("dynamo_mpi: rank 1 on here: error in ") == 1
     assert "rank 0 on " in done.stderr
@@ -79,7 +79,7 @@ def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> 
 @pytest.mark.landing("1")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_silence_is_reported(mpirun: Mpirun, victim: int) -> None:
-    done = mpirun(3, PROGRAM, "stop", str(victim), env={"PATIENCE": "30", "HEARTBEAT": "2"})
+    done = mpirun(3, PROGRAM, "stop", str(victim), env={"TIMEOUT": "30", "HEARTBEAT": "2"})
     assert done.returncode != 0
     assert done.stderr.count(f"rank {victim} on {'here' if victim else ''}") >= 1
     assert "is stopped or stuck: no heartbeat for 2 s" in done.stderr
@@ -110,7 +110,7 @@ def in_namespaces(prepare: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("what", ["nothing", "kill"])
 def test_liveness_over_ipv6(mpirun: Mpirun, network: str, what: str) -> None:
     before = in_namespaces("ip address add fd00:9:8::1/64 dev lo nodad")
-    done = mpirun(3, PROGRAM, what, "2", env={"PATIENCE": "30", "NETWORK": network}, before=before)
+    done = mpirun(3, PROGRAM, what, "2", env={"TIMEOUT": "30", "NETWORK": network}, before=before)
     if what == "nothing":
         assert done.returncode == 0, done.stderr
     else:

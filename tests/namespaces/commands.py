@@ -25,8 +25,8 @@ class InsideProcess(subprocess.Popen[str]):
             for pid in children_of(self.pid) or [self.pid]:
                 os.kill(pid, sig)
 
-    def end(self, patience: float = 5.0) -> tuple[str, str]:
-        """End it by SIGTERM, on which srun ends its step too, or by SIGKILL after ``patience`` seconds.
+    def end(self, grace_seconds: float = 5.0) -> tuple[str, str]:
+        """End it by SIGTERM, on which srun ends its step too, or by SIGKILL after ``grace_seconds`` seconds.
 
         Returns:
             the rest of its stdout and stderr.
@@ -34,7 +34,7 @@ class InsideProcess(subprocess.Popen[str]):
         for number in (signal.SIGTERM, signal.SIGKILL):
             self.send_signal(number)
             try:
-                return self.communicate(timeout=patience)
+                return self.communicate(timeout=grace_seconds)
             except subprocess.TimeoutExpired:
                 continue
         return "", "(what it started still holds its pipes)"

@@ -90,11 +90,11 @@ class Deployment:
         return self.pids_of("login", "launch")[0]
 
     def pids_of(self, host: str, word: str) -> list[int]:
-        """Return a host's processes that have a word in their command line, which is not the tether's."""
+        """Return a host's processes that have a word in their command line, but for those that are about to become it (pdeathsig)."""
         return [
             pid
             for pid in self.slurm.pids(host)
-            if word in (line := command_line(pid)) and not any("tether" in w for w in line)
+            if word in (line := command_line(pid)) and not any("pdeathsig" in w for w in line)
         ]
 
     def left(self) -> list[list[str]]:

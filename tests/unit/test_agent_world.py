@@ -44,7 +44,7 @@ class Notes:
     def publish(
         self,
         report: Report,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         by: int | None,
         then: Callable[[], object],
         done: Callable[[], object],
@@ -73,10 +73,10 @@ class Agent:
             cast(ReportWriter, self.notes),
             Rendezvous(self.host),
         )
-        self.meeting = Rendezvous("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
+        self.rendezvous = Rendezvous("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
 
     def join(self) -> None:
-        self.watch.join(self.rank, self.meeting.as_json())
+        self.watch.join(self.rank, self.rendezvous.as_json())
 
     def turn(self) -> None:
         for key, _ in self.selector.select(0.005):
@@ -154,7 +154,7 @@ def test_a_rank_that_died_with_its_agent_is_the_cause_where_open_mpi_ended_rank_
     left = [hub, deputy]
     if is_replaced:
         # the rank lives, as it has started another
-        left.append(Agent(other.rank, other.meeting.agent_port))
+        left.append(Agent(other.rank, other.rendezvous.agent_port))
         left[-1].join()
         turn_until(left, lambda: not hub.watch._peers.lost)
     hub.dies(text=f"died: {ENDED_BY_MPI}")

@@ -583,7 +583,7 @@ def test_users_whom_their_containers_show_as_root_have_folders_of_their_own(shar
 
 @needs_root
 @pytest.mark.parametrize(("mode", "is_taken"), [(0o1777, False), (0o755, True)])
-def test_in_a_container_root_s_archive_is_taken_where_nobody_else_could_have_made_it(
+def test_in_a_container_root_s_archive_is_taken_where_no_other_user_could_have_made_it(
     shared: Path, mode: int, is_taken: bool
 ) -> None:
     archive_in(shared)

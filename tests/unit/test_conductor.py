@@ -1030,7 +1030,7 @@ def test_a_launcher_that_was_killed_is_reported_as_that(run: Run) -> None:
     assert (code, said.count(expected)) == (137, 1)
 
 
-def test_a_mistake_speaks_for_itself(run: Run, tmp_path: Path) -> None:
+def test_a_mistake_needs_no_failure_file(run: Run, tmp_path: Path) -> None:
     code, said = run(decode="echo 'srun: error: n: task 0: Exited with exit code 64'; exit 64")
     assert (code, "no rank was left" in said, (tmp_path / "run" / "failures").exists()) == (64, False, False)
 
@@ -1053,9 +1053,9 @@ def test_a_launcher_that_calls_a_lost_host_success_is_not_believed(run: Run) -> 
     code, said = run(decode=f"{ready}; sleep 0.3; exit 0")
     assert (code, "decode-0: its launcher ended with 0" in said) == (75, True)
     # a folder whose file system is late to show that the file has gone
-    goodbye = "echo 'dynamo_mpi: rank 0 on n: exit: done after 1.0 s'"
+    last_line = "echo 'dynamo_mpi: rank 0 on n: exit: done after 1.0 s'"
     code, said = run(
-        "decode-0: ended with 0", raise_signal(signal.SIGTERM), decode=f"{ready}; sleep 0.3; {goodbye}; exit 0"
+        "decode-0: ended with 0", raise_signal(signal.SIGTERM), decode=f"{ready}; sleep 0.3; {last_line}; exit 0"
     )
     assert code == 143
 

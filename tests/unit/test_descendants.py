@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process has started is found by its mark or its connection, whoever its parent is, and nothing else is ended; MPICH's leftovers."""
+"""What a process has started is found by its mark or its connection, whatever its parent is, and nothing else is ended; MPICH's leftovers."""
 
 from __future__ import annotations
 

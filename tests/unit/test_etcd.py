@@ -24,7 +24,7 @@ def user(name: str, password: str) -> EtcdAuth:
     return EtcdAuth("", "", "", name, password)
 
 
-NOBODY = EtcdAuth()
+NO_CREDENTIALS = EtcdAuth()
 WORKER = user("worker", PASSWORDS["worker"])
 
 
@@ -42,7 +42,7 @@ def locked() -> Iterator[str]:
         yield url
 
 
-def connect(*urls: str, auth: EtcdAuth = NOBODY, timeout: float = 5) -> GrpcEtcdClient:
+def connect(*urls: str, auth: EtcdAuth = NO_CREDENTIALS, timeout: float = 5) -> GrpcEtcdClient:
     return GrpcEtcdClient(urls, auth, timeout)
 
 
@@ -81,7 +81,7 @@ def use_as_client(etcd: EtcdClient) -> None:
 
 
 def test_http_client_does_what_the_grpc_client_does(etcd: str) -> None:
-    with HttpEtcdClient(etcd, NOBODY, time.monotonic() + 20) as client:
+    with HttpEtcdClient(etcd, NO_CREDENTIALS, time.monotonic() + 20) as client:
         client.authenticate()
         use_as_client(client)
 
@@ -98,7 +98,7 @@ def test_query_falls_back_to_grpc_only_if_asked(etcd: str, monkeypatch: pytest.M
 
 
 def test_http_client_keeps_its_deadline_over_all_calls(etcd: str) -> None:
-    with HttpEtcdClient(etcd, NOBODY, time.monotonic() + 0.5) as client:
+    with HttpEtcdClient(etcd, NO_CREDENTIALS, time.monotonic() + 0.5) as client:
         client.get_prefix("dynamo_mpi/")
         with pytest.raises(DiscoveryError, match="no answer in time"):
             while True:
@@ -138,9 +138,9 @@ def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
 @pytest.mark.parametrize(
     ("auth", "word"),
     [
-        (NOBODY, "ETCD_AUTH_"),
+        (NO_CREDENTIALS, "ETCD_AUTH_"),
         (user("worker", "wrong"), "ETCD_AUTH_PASSWORD"),
-        (user("nobody", "wrong"), "ETCD_AUTH_USERNAME"),
+        (user("stranger", "wrong"), "ETCD_AUTH_USERNAME"),
         (user("guest", "s3cret"), "grant-permission"),
     ],
     ids=["none", "wrong password", "no such user", "no rights"],
@@ -181,7 +181,7 @@ def test_a_password_is_shown_to_the_next_one_too(locked: str) -> None:
         use(connect(f"http://127.0.0.1:{dead}", locked, auth=WORKER))
 
 
-@pytest.mark.parametrize("auth", [NOBODY, WORKER], ids=["nobody", "a user"])
+@pytest.mark.parametrize("auth", [NO_CREDENTIALS, WORKER], ids=["no credentials", "a user"])
 @pytest.mark.parametrize("listens", [True, False])
 def test_no_answer_in_time(listens: bool, auth: EtcdAuth) -> None:
     with listening() as silent, closed_port() as dead:
@@ -235,4 +235,4 @@ def test_releases_of_etcd_with_known_holes_are_outdated(version: str, outdated: 
 @pytest.mark.parametrize("endpoint", ["not a url", "http://h:x", "http://[::1"])
 def test_an_endpoint_that_is_none_is_named(endpoint: str) -> None:
     with pytest.raises(DiscoveryError, match="can't be read"):
-        HttpEtcdClient(endpoint, NOBODY, time.monotonic() + 20)
+        HttpEtcdClient(endpoint, NO_CREDENTIALS, time.monotonic() + 20)

@@ -169,6 +169,6 @@ def test_ranks_of_another_version_answer_with_no_more_than_theirs() -> None:
     report_request = ReportRequest.unpack(encode_strings(["99.0", "what", "later", "versions", "ask"]))
     card = collect_rank_report(report_request, LAUNCH, ARGV)
     assert (card.host, card.version, card.problems) == (host_name(), __version__, ())
-    assert RankReport.unpack(encode_strings(["n1", "0,1", "99.0", "what", "they", "tell"])) == RankReport(
+    assert RankReport.unpack(encode_strings(["n1", "0,1", "99.0", "what", "they", "send"])) == RankReport(
         "n1", "0,1", "99.0", ()
     )

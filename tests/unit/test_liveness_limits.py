@@ -32,10 +32,10 @@ CONNECT = (
     PREPARE
     + """
 listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
-meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-server = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, RankEvents(print, print))
+rendezvous = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+server = HeartbeatServer(ranks + 1, rendezvous, listener, lambda: "serve", str, RankEvents(print, print))
 server.start()
-lines = [connect(meeting, rank)[0] for rank in range(1, ranks + 1)]
+lines = [connect(rendezvous, rank)[0] for rank in range(1, ranks + 1)]
 print(len(lines), "ranks")
 """
 )

@@ -238,8 +238,8 @@ def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     assert child.last_lines(1) == ["cannot start /no/such/program: No such file or directory"]
 
 
-def test_the_tether_kills_when_the_parent_is_killed(tmp_path: Path) -> None:
-    """The parent is a shell that starts a tethered ``sleep`` and is then killed with SIGKILL."""
+def test_a_command_is_killed_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """The parent is a shell that starts a ``sleep`` that ends with it, and is then killed with SIGKILL."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # closed by its last writer's death, so reading it waits for exactly that
     command = " ".join(with_pdeathsig(["sleep", "600"]))

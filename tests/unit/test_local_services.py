@@ -65,7 +65,7 @@ def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) ->
     assert discovery_environment(plane)["DYN_REQUEST_PLANE"] == plane  # type: ignore[arg-type]  # the same
 
 
-def test_the_launcher_starts_every_rank_tethered() -> None:
+def test_every_rank_ends_with_its_launcher() -> None:
     command = make_ranks(("srun", "--mpi=pmix"), WorkerSpec("agg", 9)).command()
     assert command[:4] == ("srun", "--mpi=pmix", "-n", "9")
     worker = command[command.index("--") + 1 :]
@@ -93,7 +93,7 @@ def test_rank_zero_is_who_the_ready_file_says(tmp_path: Path, contents: str | No
     assert ranks.rank_zero() == pid
 
 
-def test_a_tethered_command_keeps_its_words() -> None:
+def test_a_command_that_ends_with_its_parent_keeps_its_words() -> None:
     words = ["program", "--", "-x", "two words", ""]
     command = with_pdeathsig(words, parent=7)
     assert list(command[command.index("--") + 1 :]) == words

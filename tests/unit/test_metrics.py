@@ -104,9 +104,9 @@ def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
         Failure(2, 70, "y", DetectedBy.REPORT),
         Failure(3, 70, "z", DetectedBy.REPORT),
     ]
-    nobody = PhaseProgress("load", 1, 4, None, None, 0.0)
+    none_done = PhaseProgress("load", 1, 4, None, None, 0.0)
     severities = (Severity.WARNING, Severity.WARNING, Severity.INFO)
-    text = render(metrics_of_world(WorldNumbers([rank(0, 1.0)], nobody, severities, failures, 70)))
+    text = render(metrics_of_world(WorldNumbers([rank(0, 1.0)], none_done, severities, failures, 70)))
     found = read(text)
     # the parser leaves _total off, as it names the family
     assert {dict(labels)["severity"]: value for labels, value in found["dynamo_mpi_preflight_findings"].items()} == {

@@ -41,10 +41,10 @@ def ask(url: str, environ: dict[str, str], installed: tuple[int, ...] | None = N
 
 def refusal(url: str, environ: dict[str, str]) -> str:
     """Return what a worker gets that NATS must not take; no secret may be in it."""
-    trouble = ask(url, environ)
-    assert trouble is not None
-    assert trouble.refused, trouble
-    error = nats_refused(url, trouble.text, NatsAuth.from_env(environ))
+    error_of_nats = ask(url, environ)
+    assert error_of_nats is not None
+    assert error_of_nats.refused, error_of_nats
+    error = nats_refused(url, error_of_nats.text, NatsAuth.from_env(environ))
     assert error.exit_code == 77
     for secret in filter(None, (environ.get(f"NATS_AUTH_{name}") for name in ("PASSWORD", "TOKEN", "NKEY"))):
         assert secret not in str(error)
@@ -228,10 +228,10 @@ def test_a_nats_with_tls_needs_a_runtime_that_can(
 
 def test_tls_to_a_nats_without_it() -> None:
     with running_nats() as url:
-        trouble = ask(url.replace("nats:", "tls:"), {})
-        assert trouble is not None
-        assert "has no TLS" in trouble.text
-        assert not trouble.refused
+        error_of_nats = ask(url.replace("nats:", "tls:"), {})
+        assert error_of_nats is not None
+        assert "has no TLS" in error_of_nats.text
+        assert not error_of_nats.refused
 
 
 def test_the_probe_of_all_refuses_before_anything_is_loaded() -> None:

@@ -54,8 +54,8 @@ def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> No
     ]
 
 
-def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_trouble(tmp_path: Path) -> None:
-    gone = SystemdNotifier(f"{tmp_path}/nobody", {})
+def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_error(tmp_path: Path) -> None:
+    gone = SystemdNotifier(f"{tmp_path}/none", {})
     gone.on_phase("load")
     SystemdNotifier("@" + "x" * 200, {}).on_phase("load")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
@@ -66,7 +66,9 @@ def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_trouble(tmp_path: Pat
         assert time.monotonic() - begin < 5
 
 
-def test_the_etcd_that_we_start_does_not_speak_for_us(supervisor: tuple[socket.socket, str], tmp_path: Path) -> None:
+def test_the_etcd_that_we_start_does_not_notify_in_our_name(
+    supervisor: tuple[socket.socket, str], tmp_path: Path
+) -> None:
     listening, place = supervisor
     etcd = Etcd(find_etcd(), free_port(), tmp_path / "etcd")
     environment = {**os.environ, "NOTIFY_SOCKET": place, **etcd.environment()}

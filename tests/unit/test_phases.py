@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phases, and how a rank speaks."""
+"""Phases, and how a rank logs."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_an_unknown_phase_is_refused() -> None:
     assert phases.current == "environment"
 
 
-def test_a_voice_names_rank_and_host_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_log_line_names_rank_and_host_once(capfd: pytest.CaptureFixture[str]) -> None:
     RankLogger(3, "n1").info("two\nlines")
     assert capfd.readouterr().err == "dynamo_mpi: rank 3 on n1: two\nlines\n"
 
 
-def test_a_voice_can_say_what_no_utf_8_can(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_utf_8_can_be_logged(capfd: pytest.CaptureFixture[str]) -> None:
     RankLogger(0, "n1").info("file \udcff …")
     assert capfd.readouterr().err == "dynamo_mpi: rank 0 on n1: file ? …\n"
 

@@ -352,9 +352,9 @@ def test_etcd_over_tls_is_shown_our_certificate(secured: str, files: Certificate
 
 
 def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, files: Certificates, tmp_path: Path) -> None:
-    nobody = without_certificate(files)
-    wrong = certificates(tmp_path / "theirs").client_environment() | nobody
-    for environ, word in ((nobody, "without a certificate"), (wrong, "this worker's certificate")):
+    no_certificate = without_certificate(files)
+    wrong = certificates(tmp_path / "theirs").client_environment() | no_certificate
+    for environ, word in ((no_certificate, "without a certificate"), (wrong, "this worker's certificate")):
         with pytest.raises(AuthorizationError, match=word) as caught:
             check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
         assert caught.value.exit_code == 77

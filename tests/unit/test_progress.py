@@ -127,14 +127,18 @@ def test_auto_draws_on_terminals_only() -> None:
 
 
 def ticker_of(
-    roll: ProgressTracker, phases: PhaseTracker, on_progress: Callable[[PhaseProgress], object], mode: str, first: float
+    tracker: ProgressTracker,
+    phases: PhaseTracker,
+    on_progress: Callable[[PhaseProgress], object],
+    mode: str,
+    first: float,
 ) -> ProgressReporter:
     settings = load_settings(
         WorkerSources(
             ["--model", ".", "--engine", "reference", "--progress", mode, "--progress-interval", f"{first}"], {}
         )
     )
-    ticker = ProgressReporter(rank_context(phases), roll, settings, on_progress)
+    ticker = ProgressReporter(rank_context(phases), tracker, settings, on_progress)
     phases.on_phase(ticker.on_phase)
     return ticker
 
@@ -206,7 +210,7 @@ class Screen:
     def feed(self, text: str) -> None:
         for part in re.findall(r"\x1b\[\d*[A-Z]|[^\x1b]", text):
             if part.startswith("\x1b"):
-                self._obey(part)
+                self._handle_sequence(part)
             elif part == "\n":
                 self.row += 1
                 self.lines += [""] * (self.row + 1 - len(self.lines))
@@ -217,7 +221,7 @@ class Screen:
                 self.lines[self.row] = line[: self.column] + part + line[self.column + 1 :]
                 self.column += 1
 
-    def _obey(self, part: str) -> None:
+    def _handle_sequence(self, part: str) -> None:
         if part.endswith("A"):
             self.row -= int(part[2:-1])
             assert self.row >= 0

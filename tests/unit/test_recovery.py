@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Situation, Action]] = {
         case(health=(NodeHealth("n3", "a"), NodeHealth("n4", "b")), others=("decode-1",)),
         Degrade("no spare node is left for n3, n4 of decode-0 (a)", {"n3": "a", "n4": "b"}),
     ),
-    "no spare, and nobody else of the role": (
+    "no spare, and no other worker of the role": (
         case(health=LOST, spares=()),
         Stop(75, "no spare node is left for n3 of decode-0 (Slurm says down)", {"n3": "Slurm says down"}),
     ),
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[Situation, Action]] = {
         ),
         Degrade("no spare node is left for n3 of decode-0 (sick)", {"n3": "sick"}),
     ),
-    "… without a spare, and nobody else of the role": (
+    "… without a spare, and no other worker of the role": (
         case(health=(NodeHealth("n3", "sick"), NodeHealth("n4")), head="n3", spares=()),
         Stop(75, "no spare node is left for n3 of decode-0 (sick)", {"n3": "sick"}),
     ),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
 PROMPTS = tuple(tuple(golden["prompt_token_ids"]) for golden in GOLDEN)
 PROMPT = PROMPTS[0]
-PATIENCE = 120
+TIMEOUT_SECONDS = 120
 """Seconds: far more than a busy machine needs."""
 
 
@@ -40,11 +40,11 @@ class Receiver:
             self._done.set()
 
     def started(self) -> Receiver:
-        assert self._first.wait(PATIENCE)
+        assert self._first.wait(TIMEOUT_SECONDS)
         return self
 
     def done(self) -> Receiver:
-        assert self._done.wait(PATIENCE)
+        assert self._done.wait(TIMEOUT_SECONDS)
         return self
 
     @property
@@ -281,7 +281,7 @@ def test_a_failing_step_ends_every_request_and_notifies_the_owner_once(own_engin
     for receiver in running:
         assert receiver.done().ends == ["error"]
         assert receiver.chunks[-1].error == "the engine failed: the memory is broken"
-    assert notified.wait(PATIENCE)
+    assert notified.wait(TIMEOUT_SECONDS)
     with pytest.raises(EngineError, match="has failed: the memory is broken"):
         submit(own_engine, "c")
     late: list[BaseException] = []

@@ -65,7 +65,7 @@ def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:
 
 
 def test_rank_reports_are_dated_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    roll = ProgressTracker(["n0", "n1"], PhaseTracker())
+    tracker = ProgressTracker(["n0", "n1"], PhaseTracker())
     phases = PhaseTracker()
     with phases.enter("mpi_init"):
         phases.mark_local_done()
@@ -75,9 +75,9 @@ def test_rank_reports_are_dated_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPa
     late = pack_timings(phases)
     monkeypatch.undo()
     began = time.time() - phases.age
-    roll.update(1, late)
-    roll.update(1, early)
-    own, other = roll.ranks()
+    tracker.update(1, late)
+    tracker.update(1, early)
+    own, other = tracker.ranks()
     assert (own.rank, own.host, other.rank, other.host) == (0, "n0", 1, "n1")
     assert abs(other.began - began) < 0.5
     assert [span.phase for span in other.spans] == [PROCESS_START, "mpi_init"]
@@ -106,11 +106,11 @@ def test_rank_reports_are_dated_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPa
         encode_strings(["1.0", "0.5", "9", *["load", "1.0", "", ""] * 65]),
     ],
 )
-def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
-    roll = ProgressTracker(["n0", "n1"], PhaseTracker())
+def test_what_are_no_timings_is_refused(body: bytes) -> None:
+    tracker = ProgressTracker(["n0", "n1"], PhaseTracker())
     with pytest.raises(WireError, match="invalid TIMINGS"):
-        roll.update(1, body)
-    assert roll.ranks()[1].spans == ()
+        tracker.update(1, body)
+    assert tracker.ranks()[1].spans == ()
 
 
 def test_phases_keep_their_spans_and_report_every_change() -> None:

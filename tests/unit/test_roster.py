@@ -62,7 +62,7 @@ def test_where_the_ranks_are_is_said() -> None:
     assert finding.found == "a: 0-1, 3-4; b: 2"
 
 
-def test_ranks_with_the_same_trouble_share_a_finding() -> None:
+def test_ranks_with_the_same_problem_share_a_finding() -> None:
     cards = [card("n1"), card("n1", CONFIG), card("n2", CONFIG), card("n2", CONFIG)]
     (finding,) = check_ranks(cards)
     assert finding.rule == "P2"

@@ -11,7 +11,7 @@ from dynamo_mpi.discovery.nats_auth import NatsAuth
 from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use, require_nats, runtime_version
 
 SECURED, PLAIN = "https://h:1", "http://h:1"
-NOBODY, PASSWORD = EtcdAuth(), EtcdAuth("", "", "", "worker", "s3cret")
+NO_CREDENTIALS, PASSWORD = EtcdAuth(), EtcdAuth("", "", "", "worker", "s3cret")
 CERTIFICATES = EtcdAuth("CA", "CERT", "KEY")
 
 
@@ -24,8 +24,8 @@ def test_the_installed_runtime_is_known() -> None:
 @pytest.mark.parametrize(
     ("endpoints", "auth"),
     [
-        ([PLAIN], NOBODY),
-        (["h:1"], NOBODY),
+        ([PLAIN], NO_CREDENTIALS),
+        (["h:1"], NO_CREDENTIALS),
         ([SECURED], CERTIFICATES),
         ([PLAIN], EtcdAuth("CA")),
         ([SECURED, SECURED], CERTIFICATES),
@@ -48,7 +48,7 @@ def test_of_a_password_whose_token_ends_there_is_a_warning() -> None:
         ([SECURED], PASSWORD, "only without TLS"),
         ([SECURED], EtcdAuth("CA", "CERT", "KEY", "worker", "s3cret"), "only without TLS"),
         ([SECURED], EtcdAuth("CA"), "only with all three"),
-        ([SECURED], NOBODY, "only with all three"),
+        ([SECURED], NO_CREDENTIALS, "only with all three"),
         ([PLAIN], CERTIFICATES, "etcd without TLS"),
         ([SECURED, PLAIN], CERTIFICATES, "etcd without TLS"),
     ],

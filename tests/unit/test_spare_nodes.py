@@ -231,7 +231,7 @@ def test_a_node_that_does_not_respond_to_slurm_is_lost_only_if_its_host_is_silen
     assert watch.lost == {}
     watch._silent_since = {"n1": watch._reached - 1, "n4": watch._reached - 1}
     assert watch.lost == {"n4": "Slurm says not_responding"}
-    # this host has reached nobody since: it may be cut off itself
+    # this host has reached no node since: it may be cut off itself
     watch._silent_since = {"n4": time.monotonic()}
     assert watch.lost == {}
 
@@ -379,7 +379,7 @@ def test_a_watch_hurries_for_a_while_where_a_node_is_newly_ill(states: str, monk
         ("ssh: n9: no route\n-----\nPRTE has lost a daemon\n-----\n", ": ssh: n9: no route"),
     ],
 )
-def test_the_telling_line_of_a_spares_failure(output: str, shown: str, tmp_path: Path) -> None:
+def test_the_line_with_the_cause_of_a_spares_failure(output: str, shown: str, tmp_path: Path) -> None:
     command = Command("spare-n9", "spare", (("sh", "-c", f"printf -- '{output}'; exit 255"),))
     step = start(command, os.environ, tmp_path / "log")
     eventually(lambda: step.child.exit_code() is not None, "its end", 10)

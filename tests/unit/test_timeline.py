@@ -40,7 +40,7 @@ from dynamo_mpi.telemetry.startup_trace import (
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
 from dynamo_mpi.telemetry.trace_writer import perfetto_path, write_timeline
-from tests.unit.timelines import BEGAN, HOSTILE, mishap, services, skewed, start_of
+from tests.unit.timelines import BEGAN, HOSTILE, failure_mark, services, skewed, start_of
 from tests.unit.trace_format import check_trace
 
 MOST_BYTES = 1_000_000
@@ -128,7 +128,7 @@ def test_what_a_later_version_adds_is_left_out() -> None:
 
 @pytest.mark.parametrize("reported", [True, False])
 def test_the_former_name_of_a_failure_s_member_is_written_and_read(reported: bool) -> None:
-    start = replace(start_of(1), failure=replace(mishap(0, "n0"), reported=reported))
+    start = replace(start_of(1), failure=replace(failure_mark(0, "n0"), reported=reported))
     plain = encode_traces([start])
     failure = plain["workers"][0]["failure"]
     assert (failure["reported"], failure["told"]) == (reported, reported)
@@ -163,11 +163,11 @@ def test_a_failure_and_an_end_are_reported() -> None:
     failed = start_of(16, failed=11)
     assert re.fullmatch(r"failed in load after \d\d\.\d s with exit code 70", headline(failed))
     assert "of 16 ranks, 0 had done their part of load" in words_of(failed)
-    stopped = replace(failed, outcome=STOPPED, failure=replace(mishap(0, "n0", "stopped by SIGTERM"), rank=None))
+    stopped = replace(failed, outcome=STOPPED, failure=replace(failure_mark(0, "n0", "stopped by SIGTERM"), rank=None))
     assert headline(stopped).startswith("stopped in load after")
     served = start_of(16, serving=7980.0)
     assert re.fullmatch(r"ready after 1\d\d s; ended in order after 2 h 16 min", headline(served))
-    late = replace(served, outcome=FAILED, failure=mishap(3, "n0"))
+    late = replace(served, outcome=FAILED, failure=failure_mark(3, "n0"))
     assert re.fullmatch(r"ready after 1\d\d s; failed in load after 2 h 16 min with exit code 70", headline(late))
     assert (
         describe_worker(served) == "prefill worker (trtllm), tp 16, ep 16, 16 ranks on 2 nodes, job 4711.2, attempt 1"

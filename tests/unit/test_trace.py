@@ -18,7 +18,7 @@ def test_a_trace_is_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "  "])
-def test_none_is_no_trouble(text: str) -> None:
+def test_none_is_no_error(text: str) -> None:
     assert trace_of({"TRACEPARENT": text, "TRACESTATE": "a=1"}) is None
     assert invalid_reason({"TRACEPARENT": text}) == ""
     assert invalid_reason({}) == ""

@@ -85,13 +85,13 @@ def start_of(
         ready=ready,
         ranks=tuple(timings),
         layout=RecordedLayout(min(ranks, 16), max(1, ranks // 16), 1, min(ranks, 16), False, ranks, per_node),
-        failure=None if failed is None else mishap(failed, host.format(failed // per_node)),
+        failure=None if failed is None else failure_mark(failed, host.format(failed // per_node)),
         job="4711",
         step="2",
     )
 
 
-def mishap(
+def failure_mark(
     rank: int, host: str, error: str = "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
 ) -> FailureMark:
     """Return why a rank failed."""

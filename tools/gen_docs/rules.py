@@ -7,8 +7,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks import binding, fabric_rules, gpu_check, gpu_rules, host_rules, kv_rules
-from dynamo_mpi.checks import rank_rules as roster
+from dynamo_mpi.checks import binding, fabric_rules, gpu_check, gpu_rules, host_rules, kv_rules, rank_rules
 from dynamo_mpi.discovery import peer_compat as peers
 from dynamo_mpi.layout import contract, engine_layers, key_rules, value_rules
 from dynamo_mpi.layout.rules import other_backends, registry
@@ -45,7 +44,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         engine_layers.flag_without_effect,
         engine_layers.gms_in_the_child,
         contract.check_contracts,
-        *roster.RULES,
+        *rank_rules.RULES,
         *peers.RULES,
         *gpu_rules.RULES,
         *host_rules.RULES,

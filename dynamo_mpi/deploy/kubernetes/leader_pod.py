@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # variables of the MPI Operator, for its launch by ssh with its own hostfile
 _NOT_OURS = ("default_hostfile", "rsh_args", "ssh_args", "set_default_slots", "keep_fqdn_hostnames")
 _HURRY_SECONDS = 1.0
-_PARTING_SECONDS = 5.0
+_LAST_MESSAGE_SECONDS = 5.0
 _MOST_STRANGERS = 64
 
 
@@ -158,7 +158,7 @@ class LeaderPod:
         if early:
             return of_signal(early)
         # an mpirun that has lost a daemon ends with 0 (Open MPI 5) or 205 (4), which restart policies would misunderstand
-        if lost := await self._lost(_PARTING_SECONDS if code == 0 else 0.0):
+        if lost := await self._lost(_LAST_MESSAGE_SECONDS if code == 0 else 0.0):
             self._print(f"mpirun ended with {code} after it lost {lost}")
             return ExitCode.TEMPORARY
         return of_signal(-code) if code < 0 else code

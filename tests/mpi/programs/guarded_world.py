@@ -101,7 +101,7 @@ def lead(world: World, what: str, victim: int) -> None:
     world.broadcast(guard.rendezvous.pack(b""))
     world.barrier(10)
     try:
-        with guard.deadline(float(os.environ.get("PATIENCE", "1")), "the barrier was not passed", "--patience"):
+        with guard.deadline(float(os.environ.get("TIMEOUT", "1")), "the barrier was not passed", "--timeout"):
             if victim == 0:
                 suffer(what)
             meet(world)

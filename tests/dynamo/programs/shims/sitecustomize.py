@@ -43,7 +43,7 @@ def load_never(self: Any) -> None:
     MPI.COMM_WORLD.Barrier()
 
 
-def tell_tales(*_: Any, **__: Any) -> None:
+def print_secrets_and_fail(*_: Any, **__: Any) -> None:
     print("the engine's own words", file=sys.stderr, flush=True)
     raise RuntimeError(f"no weights there: {os.environ['SHIM_SECRETS']}")
 
@@ -98,7 +98,7 @@ def change(module: ModuleType) -> None:
     if (steps := os.environ.get("SHIM_BREAKER")) and RANK == "0":
         module.ReferenceEngine._run_step = break_after(module.ReferenceEngine._run_step, int(steps))
     if os.environ.get("SHIM_TELLTALE") == RANK:
-        module.ReferenceEngine.__init__ = tell_tales
+        module.ReferenceEngine.__init__ = print_secrets_and_fail
     if os.environ.get("SHIM_LEAVER") == RANK:
         module.ReferenceEngine.follow = hang_after(module.ReferenceEngine.follow)
     if os.environ.get("SHIM_FINALIZER") == RANK:
