@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_report import RankReport, ReportRequest
 
 _CONFIGS = ("config.json", "hf_quant_config.json")
-_UNREADABLE = "unreadable: "
+UNREADABLE = "unreadable: "
 
 
 class NodeFacts(NamedTuple):
@@ -38,6 +38,7 @@ class NodeFacts(NamedTuple):
         files: digest of each further file that must be the same everywhere, by its path; or why it can't be read, after ``unreadable:``.
         host_facts: `HostFacts`, packed; empty for an engine that has no requirements of hosts.
         gpu_facts: `NodeGpus`, packed; empty for one that needs no GPU.
+        caches: of a spare, the folder of ``--cache``, or why it can't be read, after ``unreadable:``; empty for none.
     """
 
     host: str
@@ -49,6 +50,7 @@ class NodeFacts(NamedTuple):
     files: dict[str, str]
     host_facts: tuple[str, ...] = ()
     gpu_facts: tuple[str, ...] = ()
+    caches: str = ""
 
     @property
     def facts(self) -> HostFacts | None:
@@ -63,7 +65,7 @@ class NodeFacts(NamedTuple):
     @property
     def problems(self) -> list[str]:
         """The files that can't be read."""
-        return [each.removeprefix(_UNREADABLE) for each in self.files.values() if each.startswith(_UNREADABLE)]
+        return [each.removeprefix(UNREADABLE) for each in self.files.values() if each.startswith(UNREADABLE)]
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> NodeFacts:
@@ -82,6 +84,7 @@ class NodeFacts(NamedTuple):
             {str(path): str(digest) for path, digest in dict(content["files"]).items()},
             tuple(map(str, content["host_facts"])),
             tuple(map(str, content["gpu_facts"])),
+            str(content["caches"]),
         )
         _ = found.facts, found.gpus
         return found
@@ -128,11 +131,11 @@ def facts_of_node(model: str, engine_configs: Sequence[str], environ: Mapping[st
             names = weight_files(entries := os.listdir(folder))
             files |= _digests(os.path.join(folder, name) for name in _CONFIGS if name in entries)
             weights = (os.path.join(folder, name) for name in names)
-            files |= {path: f"{_UNREADABLE}{path} can't be read" for path in weights if not os.access(path, os.R_OK)}
+            files |= {path: f"{UNREADABLE}{path} can't be read" for path in weights if not os.access(path, os.R_OK)}
         except DynamoMpiError as error:
-            files[model] = f"{_UNREADABLE}{error.problem}"
+            files[model] = f"{UNREADABLE}{error.problem}"
         except OSError as error:
-            files[model] = f"{_UNREADABLE}{model} can't be read: {error.strerror}"
+            files[model] = f"{UNREADABLE}{model} can't be read: {error.strerror}"
     return NodeFacts(
         host_name(),
         __version__,
@@ -143,7 +146,14 @@ def facts_of_node(model: str, engine_configs: Sequence[str], environ: Mapping[st
         files,
         collect(_mpi_library(), environ, speaks_for_node=True)._replace(variables=(), cpus=(), allowed=()).pack(),
         read_gpus(environ).pack(),
+        _caches(environ.get("DYN_MPI_CACHE", "")),
     )
+
+
+def _caches(folder: str) -> str:
+    if not folder or os.access(folder, os.R_OK | os.X_OK):
+        return folder
+    return f"{UNREADABLE}{folder} can't be read" if os.path.isdir(folder) else f"{UNREADABLE}{folder} is no folder here"
 
 
 def _mpi_library() -> str:
@@ -162,7 +172,7 @@ def _digests(paths: Iterable[str]) -> dict[str, str]:
             with open(path, "rb") as file:
                 found[path] = _digest(file.read().decode("utf-8", "surrogateescape"))
         except OSError as error:
-            found[path] = f"{_UNREADABLE}{path} can't be read: {error.strerror}"
+            found[path] = f"{UNREADABLE}{path} can't be read: {error.strerror}"
     return found
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks import gpu_rules, host_rules
+from dynamo_mpi.checks.node_facts import UNREADABLE
 from dynamo_mpi.checks.node_probe import describe
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.layout.finding import Severity, error
+from dynamo_mpi.layout.format import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +44,7 @@ def compare(worker: NodeFacts, spare: NodeFacts) -> Comparison:
     decisive = [each for each in findings if each.severity is Severity.ERROR or each.rule in _DECISIVE]
     notes = [each for each in findings if each not in decisive]
     problems = (*_software(worker, spare), *_model(worker, spare), *map(describe, decisive))
-    return Comparison(problems, tuple(map(describe, notes)))
+    return Comparison(problems, (*map(describe, notes), *_caches(worker, spare)))
 
 
 def _software(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
@@ -63,6 +65,24 @@ def _model(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
             yield f"P3: {path} isn't there"
         elif path in spare.files and digest != spare.files[path]:
             yield f"{'P3' if is_model else 'P2'}: {path} differs from that on {worker.host}"
+
+
+def _caches(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
+    """Say why the worker's compile caches wouldn't be found from the spare: their key has the platform, GPU and driver of each rank."""
+    if spare.caches.startswith(UNREADABLE):
+        yield f"compile caches: {spare.caches.removeprefix(UNREADABLE)}, so a start here compiles kernels"
+    if not spare.caches or worker.facts is None or spare.facts is None:
+        return
+    theirs = {**dict(worker.facts.platform), **_gpu_of(worker)}
+    own = {**dict(spare.facts.platform), **_gpu_of(spare)}
+    if unlike := [name for name in {**theirs, **own} if theirs.get(name) != own.get(name)]:
+        yield f"compile caches: those for {worker.host} aren't for this node's {listed(unlike)}, so a first start here compiles kernels"
+
+
+def _gpu_of(node: NodeFacts) -> dict[str, str]:
+    gpus = node.gpus
+    kinds = sorted({gpu.name for gpu in gpus.visible_gpus})
+    return {"GPU": ", ".join(kinds), "driver": gpus.driver}
 
 
 def _findings(worker: NodeFacts, spare: NodeFacts) -> list[Finding]:

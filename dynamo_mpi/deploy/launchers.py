@@ -169,7 +169,7 @@ class Srun:
     def prepare(self, node: str) -> tuple[Command, ...]:
         """What makes a spare ready: the hardware check in the container, which brings the image; a copy of the model if that is staged."""
         words = spare_words(self.settings, self.source, self.run_dir, node)
-        check = self._on_node(node, f"spare-{node}", words, worker_environment(self.settings))
+        check = self._with_folders()._on_node(node, f"spare-{node}", words, worker_environment(self.settings))
         if self.settings.stage_dir is None:
             return (check,)
         options = (*_ON_ONE_NODE, f"--mpi={self.settings.mpi}", f"--nodelist={node}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.dynamo.running import eventually
 
 from .deployment import Deployment
 from .session import SlurmSession
@@ -26,12 +28,12 @@ def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Lau
     """Launch one aggregated worker of two ranks over two nodes, and end whatever is left of it."""
     started: list[Deployment] = []
 
-    def begin(*words: str, **environment: str) -> Deployment:
+    def begin(*words: str, nodes: int = 2, **environment: str) -> Deployment:
         variables = settings(slurm, model_dir, 2, 1, CONFIG) | {"ENGINE_CONFIG": CONFIG, "NUM_NODES": "2"}
         (tmp_path / "engine.yaml").write_text("tensor_parallel_size: 1\npipeline_parallel_size: 2\n")
         variables["MOUNTS"] += f",{tmp_path}:/own"
         command = (str(ROOT / "scripts" / "srun_aggregated.sh"), *words)
-        started.append(Deployment(slurm, tmp_path, command, {**variables, **environment}, nodes=2))
+        started.append(Deployment(slurm, tmp_path, command, {**variables, **environment}, nodes=nodes))
         return started[-1]
 
     yield begin
@@ -75,6 +77,27 @@ def test_the_users_options_and_variables_reach_the_ranks(launch: Launch, slurm: 
 
 
 @pytest.mark.full
+@pytest.mark.full
+def test_a_spare_is_checked_in_the_image(launch: Launch, slurm: SlurmSession) -> None:
+    image = slurm.image("spare.sqsh")
+    deployment = launch("--skip-check", nodes=3, IMAGE=str(image), NUM_SPARE_NODES="1", SALLOC_NO_KILL="set")
+    deployment.wait_for_text("ready: smollm2. Try:")
+
+    def spare() -> dict[str, str]:
+        (found,) = json.loads((deployment.run_dir / "deployment.json").read_text())["spares"]
+        return dict(found)
+
+    eventually(lambda: spare()["state"] == "ready", "the spare is ready", 60)
+    facts = json.loads((deployment.run_dir / "spares" / f"{spare()['node']}.json").read_text())
+    ready = json.loads((deployment.run_dir / "ready" / "agg-0.json").read_text())
+    # the paths are those in the image
+    assert facts["files"].items() >= ready["node"]["files"].items()
+    assert facts["weight_names"] == ready["node"]["weight_names"]
+    os.kill(deployment.launcher(), signal.SIGINT)
+    assert deployment.wait() == 130, deployment.text()
+    assert "left out" not in deployment.text()
+
+
 def test_a_mount_that_one_node_lacks_is_named(launch: Launch, slurm: SlurmSession) -> None:
     # each node has a /dev/shm of its own
     slurm.exec("mkdir", "/dev/shm/only-here", host="n1")

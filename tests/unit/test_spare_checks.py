@@ -113,6 +113,29 @@ def test_an_engine_without_requirements_of_hosts_compares_versions_and_files_alo
     assert compare(bare, facts("n5", version="2.0")).problems
 
 
+CPU = (("cpu", "avx512"), ("glibc", "2.39"))
+
+
+@pytest.mark.parametrize(
+    ("spare", "notes"),
+    [
+        (facts("n5", HOST._replace(platform=CPU), caches="/shared/caches"), []),
+        # without --cache it doesn't matter
+        (facts("n5", HOST._replace(platform=CPU[:1])), []),
+        (
+            facts("n5", HOST._replace(platform=(("cpu", "avx2"), CPU[1])), caches="/shared/caches"),
+            ["compile caches: those for n1 aren't for this node's cpu, so a first start here compiles kernels"],
+        ),
+        (
+            facts("n5", HOST._replace(platform=CPU), caches="unreadable: /shared/caches is no folder here"),
+            ["compile caches: /shared/caches is no folder here, so a start here compiles kernels"],
+        ),
+    ],
+)
+def test_whether_a_spare_would_be_seeded_with_the_worker_s_compile_caches(spare: NodeFacts, notes: list[str]) -> None:
+    assert compare(facts("n1", HOST._replace(platform=CPU)), spare) == ((), tuple(notes))
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
@@ -143,6 +166,12 @@ def test_a_node_with_the_same_files_is_like_the_worker_s(model: Path) -> None:
     (model / "config.json").write_text("{}")
     problems = compare(worker_facts(model), facts_of_node(str(model), [], os.environ)).problems
     assert problems == (f"P3: {model} has other weight files: 2 of them, 1 on n1",)
+
+
+def test_a_folder_for_caches_that_isn_t_there_is_known(tmp_path: Path) -> None:
+    assert facts_of_node("", [], {"DYN_MPI_CACHE": str(tmp_path)}).caches == str(tmp_path)
+    gone = tmp_path / "gone"
+    assert facts_of_node("", [], {"DYN_MPI_CACHE": str(gone)}).caches == f"unreadable: {gone} is no folder here"
 
 
 @pytest.mark.parametrize("missing", ["model", "engine.yaml"])
