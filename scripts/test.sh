@@ -63,5 +63,5 @@ fi
 cores=$(nproc)
 run_stage fast -n "$cores" --dist worksteal "${selection[@]}" "$@"
 # these wait more than they compute
-run_stage parallel -n $((cores + 1)) --dist loadfile "${selection[@]}" "$@"
+run_stage parallel -n $((cores + 2)) --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
 run_stage alone "${selection[@]}" "$@"

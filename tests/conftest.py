@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ from tests.mpi_flavours import MpiFlavour
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("fast", "parallel", "alone")
+_MARK = re.compile(r"pytest\.mark\.(\w+)")
+ALONE, PARALLEL = {"serial"}, {"mpi", "dynamo", "slow", "slurm", "hosts"}
+# roughly what a test takes: the files that take longest begin first, or the last one would run when all others are done
+SECONDS = {"slurm": 15.0, "hosts": 8.0, "dynamo": 5.0, "mpi": 3.0}
 
 
 def pytest_configure() -> None:
@@ -43,17 +50,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-faults", action="store_true", help="--full, and all faults in all phases")
 
 
-def stage_of(item: pytest.Item) -> str:
-    """Return the stage of a test: alone if others would disturb it, fast if it is pure, parallel otherwise."""
-    marks = {mark.name for mark in item.iter_markers()}
-    if marks & {"serial", "slurm", "hosts"}:
+def stage_of(marks: Collection[str]) -> str:
+    """Return the stage of a test with these markers: alone if others would disturb it, fast if it is pure, parallel otherwise."""
+    if ALONE & set(marks):
         return "alone"
-    return "parallel" if marks & {"mpi", "dynamo", "slow"} else "fast"
+    return "parallel" if PARALLEL & set(marks) else "fast"
+
+
+@functools.cache
+def stages_of_file(path: Path) -> frozenset[str]:
+    """Return the stages that the tests of a file may have, by the markers that stand in it."""
+    text = path.read_text(encoding="utf-8")
+    of_all = re.search(r"^pytestmark = (\[.*?\n?\]$|[^[].*?$)", text, re.MULTILINE | re.DOTALL)
+    common = _MARK.findall(of_all[1]) if of_all else []
+    return frozenset({stage_of(common), *(stage_of([*common, mark]) for mark in _MARK.findall(text))})
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files without a test of the stage: to import all of them takes every process of pytest seconds."""
+    stage = config.getoption("--stage")
+    if stage is None or not collection_path.match("test_*.py"):
+        return None
+    return True if stage not in stages_of_file(collection_path) else None
+
+
+def markers_of(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
 
 
 def is_left_out(item: pytest.Item, full: bool, all_faults: bool, stage: str | None) -> bool:
     """Return whether the options leave a test out."""
-    if stage is not None and stage_of(item) != stage:
+    if stage is not None and stage_of(markers_of(item)) != stage:
         return True
     if item.get_closest_marker("all_faults"):
         return not all_faults
@@ -82,16 +109,39 @@ def check_landing_variants(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{test} has no variants {sorted(missing)}: correct its marker `landing`")
 
 
+def check_stages(items: list[pytest.Item]) -> None:
+    """Refuse a test whose stage doesn't follow from the markers that stand in its file: other stages would not find it there."""
+    for item in items:
+        if (stage := stage_of(markers_of(item))) not in stages_of_file(item.path):
+            raise pytest.UsageError(
+                f"{item.nodeid} is of stage {stage}: write its markers as pytest.mark.NAME in its file"
+            )
+
+
+def longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests, those of one file together."""
+    seconds: defaultdict[Path, float] = defaultdict(float)
+    for item in items:
+        seconds[item.path] += SECONDS.get(item.path.parent.name, 0.3)
+    return sorted(items, key=lambda item: -seconds[item.path])
+
+
 @pytest.hookimpl(tryfirst=True)  # it wants to see what -k and -m leave out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that the options don't ask for."""
     if not any("[" in argument for argument in config.args):
         check_landing_variants(items)
+    check_stages(items)
     all_faults = bool(config.getoption("--all-faults"))
     full, stage = all_faults or bool(config.getoption("--full")), config.getoption("--stage")
     left_out = {item for item in items if is_left_out(item, full, all_faults, stage)}
+    stages = {stage_of(markers_of(item)) for item in items}
+    if items and stage is not None and stage not in stages:
+        raise pytest.UsageError(f"none of these tests is of stage {stage}; theirs: {', '.join(sorted(stages))}")
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+    if stage == "parallel":
+        items[:] = longest_files_first(items)
 
 
 def pytest_report_header() -> str:

@@ -31,6 +31,8 @@ LINES = {
     # the tests themselves
     "scripts/test.sh": None,
 }
+# `.ci/run` runs the first one after its installation
+LANDING = ("scripts/local.sh --tp 2", *(line for line in LINES if "FAULT" in line))
 
 
 @pytest.fixture
@@ -57,6 +59,7 @@ def test_all_that_is_typed_is_known() -> None:
     assert typed == set(LINES)
 
 
+@pytest.mark.landing(*LANDING)
 @pytest.mark.parametrize("line", [line for line, expected in LINES.items() if expected])
 def test_the_line_does_what_the_page_says(line: str, checkout: Path, tmp_path: Path) -> None:
     expected = LINES[line]

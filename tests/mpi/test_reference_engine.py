@@ -16,6 +16,8 @@ pytestmark = pytest.mark.mpi
 
 PROGRAMS = Path(__file__).with_name("programs")
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
+# in a landing run; --full has each alone
+ALONE = GOLDEN[:2]
 
 # ranks on fewer cores: as a worker sets it
 UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1"}
@@ -50,38 +52,41 @@ def tokens_of(results: list[dict[str, Any]]) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def three_ranks(generate: Generate) -> dict[str, Any]:
-    """One world of three: each prompt alone, all of them at once, seeded sampling alone and in company, then idle."""
-    sampled = {**greedy(GOLDEN[0], 24), "temperature": 0.9, "seed": 7}
-    other_seed = {**sampled, "seed": 8}
-    alone = [[greedy(golden)] for golden in GOLDEN]
-    together = [[greedy(golden) for golden in GOLDEN]]
-    return generate(3, [*alone, *together, [sampled], [greedy(GOLDEN[1], 24), sampled, other_seed]], idle_seconds=2.5)
+    """One world of three: all prompts at once, some alone, then idle."""
+    return generate(3, [[greedy(golden) for golden in GOLDEN], *([greedy(each)] for each in ALONE)], idle_seconds=2.5)
 
 
 def test_one_rank_makes_the_golden_tokens(generate: Generate) -> None:
     """All at once, more than there are slots; and some alone, which takes other paths through the arithmetic."""
-    together, *alone = generate(
-        1, [[greedy(golden) for golden in GOLDEN], *([greedy(golden)] for golden in GOLDEN[:4])]
-    )["rounds"]
+    together, *alone = generate(1, [[greedy(golden) for golden in GOLDEN], *([greedy(each)] for each in ALONE)])[
+        "rounds"
+    ]
 
     assert tokens_of(together) == [golden["token_ids"] for golden in GOLDEN]
-    assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in GOLDEN[:4]]
+    assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in ALONE]
 
 
 def test_three_ranks_make_the_golden_tokens(three_ranks: dict[str, Any]) -> None:
-    alone = three_ranks["rounds"][: len(GOLDEN)]
+    together, *alone = three_ranks["rounds"]
 
-    assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in GOLDEN]
-    assert {results[0]["finish_reason"] for results in alone} == {"length"}
-
-
-def test_a_batch_on_three_ranks_makes_the_same_tokens(three_ranks: dict[str, Any]) -> None:
-    assert tokens_of(three_ranks["rounds"][len(GOLDEN)]) == [golden["token_ids"] for golden in GOLDEN]
+    assert tokens_of(together) == [golden["token_ids"] for golden in GOLDEN]
+    assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in ALONE]
+    assert {result["finish_reason"] for result in (*together, alone[0][0])} == {"length"}
 
 
 @pytest.mark.full
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks: dict[str, Any]) -> None:
-    [alone], [_, in_company, other_seed] = three_ranks["rounds"][-2:]
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_prompt_alone_makes_its_golden_tokens(generate: Generate, ranks: int) -> None:
+    output = generate(ranks, [[greedy(golden)] for golden in GOLDEN])
+
+    assert [tokens_of(results)[0] for results in output["rounds"]] == [golden["token_ids"] for golden in GOLDEN]
+
+
+@pytest.mark.full
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(generate: Generate) -> None:
+    sampled = {**greedy(GOLDEN[0], 24), "temperature": 0.9, "seed": 7}
+    other = {**sampled, "seed": 8}
+    [alone], [_, in_company, other_seed] = generate(3, [[sampled], [greedy(GOLDEN[1], 24), sampled, other]])["rounds"]
 
     assert in_company["tokens"] == alone["tokens"]
     assert other_seed["tokens"] != alone["tokens"]

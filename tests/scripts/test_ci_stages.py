@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 STAGES = """
@@ -54,6 +56,26 @@ def test_only_what_has_not_passed_runs_again(tmp_path: Path) -> None:
     code, out, ran = run(tmp_path, str(tmp_path / "state"), resume=True)
     assert (code, ran) == (1, ["two"])
     assert "one of two: 0 s, in an earlier run" in out
+
+
+BESIDE = """
+set -euo pipefail
+source "$1/.ci/stages"
+beside "waits for the other" bash -c 'until [[ -e "$0/go" ]]; do sleep 0.01; done; echo gone; exit "$1"' "$PWD" "$2"
+stage "the other" touch "$PWD/go"
+await_beside
+stage "the next" touch "$PWD/next"
+"""
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_what_runs_beside_others_is_awaited_and_ends_the_script_if_it_fails(tmp_path: Path, code: int) -> None:
+    done = subprocess.run(
+        ["bash", "-c", BESIDE, "bash", str(ROOT), str(code)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, (tmp_path / "next").exists()) == (code, code == 0), done.stderr
+    assert "gone\n" in done.stdout.partition("waits for the other, beside others:")[2]
+    assert ("waits for the other, beside others: failed\n" in done.stdout) is (code != 0)
 
 
 def test_full_names_files_that_exist() -> None:

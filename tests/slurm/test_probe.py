@@ -22,7 +22,7 @@ from .session import SlurmSession
 from .shaping import lossy_link, slow_node
 from .test_worker import library
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.serial]
 PROGRAM = ROOT / "tests" / "mpi" / "programs" / "probed_world.py"
 NODES = ("n1", "n2", "n3", "n4")
 SECONDS = 12.0

@@ -113,7 +113,7 @@ def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Callable[..
         worker.stop()
 
 
-@pytest.mark.landing("scancel STEP", "SIGTERM to a rank")
+@pytest.mark.landing("scancel STEP")
 @pytest.mark.parametrize("how", list(CASES))
 def test_what_ends_a_step_that_serves(
     how: str, start: Callable[..., SlurmWorker], slurm: SlurmSession, stack: Stack
