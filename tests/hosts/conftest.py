@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mpi_crashes import pytest_runtest_protocol as pytest_runtest_protocol
 from tests.mpi_flavours import Unavailable
 from tests.namespaces.anchor import remove_leftovers
 from tests.slurm.session import skip_or_fail

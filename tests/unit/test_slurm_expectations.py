@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Slurm tests accept: which crash they run again, and exit codes by MPI's release."""
+"""What the tests on Slurm and several hosts accept: which crash they run again, and exit codes by MPI's release."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.failure_reports import rank_ended
 from tests.fault_cases import CHILD, Case
+from tests.mpi_crashes import is_mpi_crash
 from tests.slurm import fault_runner
-from tests.slurm.conftest import has_crashed_in_mpis_start
 
 
 @pytest.mark.parametrize(("phase", "runs_again"), [("mpi_init", True), ("load", False)])
@@ -21,8 +21,25 @@ def test_a_crash_in_mpis_start_runs_again(phase: str, runs_again: bool) -> None:
     text = str(rank_ended("n1", phase, 139, Launcher.SLURM_PMIX))
     failure = Failure(1, 70, text, DetectedBy.DISCONNECT, phase, time.monotonic())
     report = compose_report([ObservedFailure(failure, "n1")], phase).text
-    assert has_crashed_in_mpis_start(f"srun: error: n1: task 1: Segmentation fault\n{report}") == runs_again
-    assert not has_crashed_in_mpis_start(report)
+    assert is_mpi_crash(f"srun: error: n1: task 1: Segmentation fault\n{report}") == runs_again
+    assert not is_mpi_crash(report)
+
+
+MPIRUN = (
+    "[h1:00035] PMIX ERROR: PMIX_ERR_UNREACH in file /openmpi-5.0.11/3rd-party/openpmix/src/mca/ptl/base/"
+    "ptl_base_connection_hdlr.c at line 103"
+)
+MPIEXEC = "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Segmentation fault (signal 11)"
+
+
+@pytest.mark.parametrize(("phase", "words"), [("mpi_init", MPIRUN), ("preflight", MPIEXEC)])
+def test_a_crash_of_mpi_beside_a_fault_at_its_start_runs_again(phase: str, words: str) -> None:
+    def printed(phase: str) -> str:
+        return f"E       dynamo_mpi: rank 1 on h2: fault: exit 3 in {phase}\nE       {words}\n"
+
+    assert is_mpi_crash(printed(phase))
+    assert not is_mpi_crash(printed("load"))
+    assert not is_mpi_crash(printed(phase).replace(words, "exit code 5"))
 
 
 @pytest.mark.parametrize(("fault", "rank"), [("kill", 1), ("exit0", 1), ("stop", 1), ("exception", 1), ("kill", CHILD)])
