@@ -87,6 +87,11 @@ class AgentPeers:
         return [] if self._network is None else self._network.agents
 
     @property
+    def hub_host(self) -> str:
+        """The hub's node; empty if this agent isn't connected to others."""
+        return self._hub_endpoint[0]
+
+    @property
     def has_hub(self) -> bool:
         """Whether the hub is connected."""
         return HUB in self.agents

@@ -252,10 +252,10 @@ class WorldWatch:
                 if self._peers.has_hub:
                     return
                 # all that is known of rank 0's node is that its agent was lost first
-                error = host_lost(self.rendezvous.host)
-                how, phase = DetectedBy.HOST_UNREACHABLE, self.history.phase
+                host = self._peers.hub_host
+                error, how, phase = host_lost(host), DetectedBy.HOST_UNREACHABLE, self.history.phase
                 failure = Failure(0, int(error.exit_code), str(error), how, phase, self._hub_lost_at)
-                self._observed.append(ObservedFailure(failure, self.rendezvous.host))
+                self._observed.append(ObservedFailure(failure, host))
             observed = with_lost_agents(first_of_each_rank(self._observed), self._peers.lost)
             # before the preflight result each rank has a phase of its own
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""

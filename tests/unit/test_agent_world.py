@@ -225,6 +225,27 @@ def test_the_deputy_takes_a_hub_that_does_not_come_back_for_the_cause(world: lis
     assert [seen.failure.rank for seen in report.consequences] == [other.rank]
 
 
+def test_before_the_result_too_the_deputy_names_the_host_of_rank_0() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        hub, deputy = Agent(0, port), Agent(1, port)
+        hub.watch.set_listener(listener.dup())
+        for agent in (hub, deputy):
+            endpoint = {"host": "n0", "addresses": ["127.0.0.1"], "port": port, "token": TOKEN}
+            agent.watch.connect_agents(agent.rank, json.dumps(endpoint))
+        turn_until([hub, deputy], lambda: deputy.watch._peers.is_deputy)
+        hub.watch.close()
+    turn_until([deputy], lambda: deputy.watch._hub_lost_at)
+    deputy.dies()
+    turn_until([deputy], lambda: deputy.ended)
+    deputy.watch.close()
+    (report,) = deputy.notes.reports
+    assert {each.failure.rank: each.host for each in report.consequences} | {report.failure.rank: report.host} == {
+        0: "n0",
+        1: "n1",
+    }
+
+
 def test_what_a_launcher_ends_after_a_signal_to_all_is_no_failure(world: list[Agent]) -> None:
     hub, _, other = world
     for agent in world:
