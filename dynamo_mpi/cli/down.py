@@ -25,9 +25,10 @@ from dynamo_mpi.common.files import sweep
 from dynamo_mpi.common.waiting import poll_until
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
+from dynamo_mpi.deploy.node_health import kill_wait, lost_among
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, STOP
 from dynamo_mpi.deploy.step_commands import SERVICES
-from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
+from dynamo_mpi.deploy.steps import REST_SECONDS, SlurmStepController, is_step_name
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, read_launch
 from dynamo_mpi.ops.run_dirs import choose_run_dir, open_used_run_dir
 from dynamo_mpi.ops.stop import WorkerSelector, stop_workers
@@ -164,7 +165,7 @@ def _clean(folder: OwnFolder, launch: RunningLaunch, end: float) -> None:
 
 
 def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
-    left: list[str] = []
+    left, said, began = list[str](), list[str](), time.monotonic()
 
     def late() -> PhaseTimeoutError:
         found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
@@ -177,9 +178,18 @@ def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, 
         left = [step for step, name in (running or {}).items() if name in names]
         if running is not None and not left:
             return
-        if left:
+        if not left:
+            continue
+        if left != said:
             _say(f"cancelling {', '.join(left)}, which a killed launcher has left")
-            step_controller.cancel_ids(left)
+            said = left
+        step_controller.cancel_ids(left)
+        if time.monotonic() > began + kill_wait() + REST_SECONDS:
+            lost = [lost_among(step_controller.nodes_of(step)) for step in left]
+            if all(lost):
+                nodes = ", ".join(sorted({node for some in lost for node in some}))
+                _say(f"{', '.join(left)}: ended, but where {nodes} was lost; Slurm lists it until it gives the node up")
+                return
 
 
 def _say(text: str) -> None:

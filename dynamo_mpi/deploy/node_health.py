@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes as Slurm sees them (``scontrol show node``, ``scontrol show topology``), and whether they answer. Pure, but for `ask_slurm_about`,
-`topology_of` and `answering`.
+"""Nodes as Slurm sees them (``scontrol show node``, ``scontrol show topology``), and whether they answer. Pure, but for what asks Slurm
+(`ask_slurm_about`, `topology_of`, `slurmd_port`, `kill_wait`) or nodes (`answering`, `lost_among`).
 
 Slurm calls a node down only after SlurmdTimeout, 300 s by default. That it doesn't answer is seen before: by a TCP connection to its slurmd,
 as srun makes one. A refused connection is an answer: slurmd may be restarted while the steps run on.
@@ -25,8 +25,9 @@ _SCONTROL_SECONDS = 5.0
 _TOPOLOGY_SECONDS = 2.0
 # a lost SYN is sent again after a second (RFC 6298)
 CONNECT_SECONDS = 1.2
-# slurm.conf(5): SlurmdPort
+# slurm.conf(5): SlurmdPort, KillWait
 DEFAULT_PORT = 6818
+DEFAULT_KILL_WAIT = 30
 # scontrol(1), "NODES - SHOW COMMAND": base states and flags; the rest is a node that can run a step
 _LOST = frozenset({"DOWN", "ERROR", "POWERED_DOWN", "POWERING_DOWN"})
 # slurmd may be restarted, or busy, while the steps run on
@@ -112,18 +113,33 @@ def ask_slurm_about(nodes: Sequence[str], environ: Mapping[str, str] | None = No
     return None if text is None else parse_nodes(text, slurmd_port(environ))
 
 
-_ports: dict[str, int] = {}
+_config: dict[str, str] = {}
 
 
 def slurmd_port(environ: Mapping[str, str] | None = None) -> int:
-    """Return SlurmdPort of the cluster's configuration, asked for once."""
-    if "port" not in _ports:
-        text = _scontrol("show", "config", environ=environ) or ""
-        found = re.search(r"^SlurmdPort\s*=\s*(\d+)", text, re.MULTILINE)
-        if not text:
-            return DEFAULT_PORT
-        _ports["port"] = int(found[1]) if found else DEFAULT_PORT
-    return _ports["port"]
+    """Return SlurmdPort of the cluster's configuration."""
+    return _config_number("SlurmdPort", DEFAULT_PORT, environ)
+
+
+def kill_wait() -> int:
+    """Return KillWait of the cluster's configuration: seconds from SIGTERM to SIGKILL when a step is cancelled."""
+    return _config_number("KillWait", DEFAULT_KILL_WAIT, None)
+
+
+def _config_number(name: str, default: int, environ: Mapping[str, str] | None) -> int:
+    """Return a number of the configuration, which is asked for until Slurm has answered once."""
+    text = _config.get("text") or _scontrol("show", "config", environ=environ)
+    if text:
+        _config["text"] = text
+    found = re.search(rf"^{name}\s*=\s*(\d+)", text or "", re.MULTILINE)
+    return int(found[1]) if found else default
+
+
+def lost_among(nodes: Sequence[str]) -> list[str]:
+    """Return those of some nodes that are down, or whose host doesn't answer; none where Slurm can't be asked."""
+    known = ask_slurm_about(nodes) or {}
+    answers = answering(list(known.values()))
+    return [name for name, node in known.items() if node.lost or answers.get(name) is False]
 
 
 def neighbours(text: str, node: str) -> list[frozenset[str]]:

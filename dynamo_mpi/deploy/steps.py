@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.subprocess import LoggedProcess
 from dynamo_mpi.common.worker_process import ProcessStart, signal_worker
+from dynamo_mpi.deploy.hostlist import expand
 from dynamo_mpi.deploy.step_commands import STEP_PREFIX
 
 if TYPE_CHECKING:
@@ -151,6 +152,11 @@ class SlurmStepController:
         if text is None:
             return None
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
+
+    def nodes_of(self, step: str) -> tuple[str, ...]:
+        """Return the nodes of one of the job's steps, ``JOB.STEP``; empty if Slurm doesn't say."""
+        text = _ask_slurm("squeue", f"--steps={step}", "--noheader", "--format=%N")
+        return tuple(expand(text.strip(), "squeue")) if text and text.strip() else ()
 
 
 def is_step_name(name: str) -> bool:

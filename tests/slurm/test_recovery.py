@@ -275,6 +275,22 @@ def test_the_head_node_is_lost(launch: Launch) -> None:
     eventually(lambda: not leftovers(deployment, ["n2", "n3", "n4", "n5"]), "nothing is left", 15)
 
 
+@pytest.mark.full
+def test_down_after_a_killed_launcher_does_not_wait_for_a_lost_node(launch: Launch) -> None:
+    deployment = launch()
+    deployment.slurm.switch_cable("n4", on=False)
+    os.kill(deployment.launcher(), signal.SIGKILL)
+    words = (sys.executable, "-m", "dynamo_mpi", "down", deployment.run_dir)
+    began = time.time()
+    done = deployment.slurm.exec(*words, env=OUR_MODULES, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "where n4 was lost" in done.stderr and done.stderr.count("which a killed launcher has left") <= 2, (
+        done.stderr
+    )
+    assert time.time() - began < 45, "not until Slurm gives the node up"
+    eventually(lambda: not leftovers(deployment, list(deployment.slurm.nodes)), "nothing is left", 15)
+
+
 def test_a_mistake_in_a_new_start_ends_the_deployment_at_once(launch: Launch, tmp_path: Path) -> None:
     deployment = launch()
     (tmp_path / "engine.yaml").write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\n")
