@@ -22,3 +22,15 @@ def rank_context(
     counted = cast(World, SimpleNamespace(size=ranks, rank=0))
     log = RankLogger(0, host)
     return RankContext(world or counted, launch, (), phases or PhaseTracker(), log, NodeAgentClient(launch, {}, None))
+
+
+class OneRank:
+    """A world of one rank."""
+
+    rank, size = 0, 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def broadcast(self, data: bytes = b"") -> bytes:
+        return data

@@ -16,8 +16,8 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-# distributions whose versions must agree on all nodes
-PACKAGES = (
+# distributions that ranks compute or communicate with
+DECISIVE_PACKAGES = (
     "tensorrt_llm",
     "torch",
     "flashinfer-python",
@@ -25,6 +25,10 @@ PACKAGES = (
     "nvidia-cutlass-dsl",
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
+)
+# distributions whose versions must agree on all nodes
+PACKAGES = (
+    *DECISIVE_PACKAGES,
     "mpi4py",
     "nvidia-modelopt",
     "ai-dynamo",

@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from dynamo_mpi.checks import gpu_rules
-from dynamo_mpi.checks.host_facts import PACKAGES
+from dynamo_mpi.checks.host_facts import DECISIVE_PACKAGES, PACKAGES
 from dynamo_mpi.checks.rank_facts import Requirements, by_host, groups, lines, on_hosts, where
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, warning
@@ -36,17 +36,6 @@ _GIB = 2**30
 # MiB for a pair of ranks there, and fail in the middle of the load if it runs out
 _SHM_PER_RANK = _GIB
 _MOST_VALUES = 4
-_DECISIVE = frozenset(
-    {
-        "tensorrt_llm",
-        "torch",
-        "flashinfer-python",
-        "deep_gemm",
-        "nvidia-cutlass-dsl",
-        "nvidia-nccl-cu12",
-        "nvidia-nccl-cu13",
-    }
-)
 # rules of their own (V5, K9) check these, and know which differences are allowed
 _JUDGED_ELSEWHERE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _ONE_IMAGE = "start every rank in the same container image (srun --container-image=..., IMAGE), or install one set of versions everywhere"
@@ -77,8 +66,8 @@ def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             versions.setdefault(row.facts.version(package) or "missing", []).append(row.host)
         if len(versions) > 1:
             differing[package] = f"{package}: {groups(versions)}"
-    decisive = [package for package in differing if package in _DECISIVE]
-    others = [package for package in differing if package not in _DECISIVE]
+    decisive = [package for package in differing if package in DECISIVE_PACKAGES]
+    others = [package for package in differing if package not in DECISIVE_PACKAGES]
     if decisive:
         yield error(
             "D10",

@@ -37,6 +37,7 @@ from dynamo_mpi.stage.cache_key import key_of
 from dynamo_mpi.stage.cache_session import CachePlan, CacheSession
 from dynamo_mpi.stage.cache_store import Part, folders_of, name_of
 from dynamo_mpi.stage.compile_caches import LIBRARIES, assign
+from tests.contexts import OneRank
 
 UNAVAILABLE = 69
 PARTS = ("triton", "inductor", "cuda", "extension", "flashinfer")
@@ -131,18 +132,6 @@ def work(parts: Sequence[str]) -> None:
 
 
 # a rank's start
-
-
-class OneRank:
-    """A world of one rank."""
-
-    rank, size = 0, 1
-
-    def gather(self, data: bytes) -> list[bytes]:
-        return [data]
-
-    def broadcast(self, data: bytes = b"") -> bytes:
-        return data
 
 
 def start(base: Path, shared: Path, key: dict[str, Any], parts: Sequence[str], home: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import queue
-import secrets
 import selectors
 import socket
 import statistics
@@ -38,11 +37,8 @@ from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.common.subprocess import session_members
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from dynamo_mpi.ops.listeners import kind_of
-from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
-from dynamo_mpi.supervisor.join import MAX_PENDING
-from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from tests.bench.liveness import be_ranks, watch_by_server
+from tests.bench.liveness import start_ranks, watch_by_server
 from tests.dynamo.running import EtcdServer, RunningWorker, system_port
 from tests.tiny_llama import write_tiny_gguf
 from tests.unit.neighbour import NOBODY
@@ -80,14 +76,8 @@ def main() -> int:
 
 def seconds_to_connect(ranks: int, connections: int) -> float:
     """Return how long it takes until all ranks are connected, beside idle connections."""
-    raise_nofile_limit(2 * (ranks + MAX_PENDING))
-    listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
-    rendezvous = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+    listener, rendezvous, ours, others = start_ranks(ranks)
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    others = context.Process(target=be_ranks, args=(rendezvous, ranks, theirs), daemon=True)
-    others.start()
-    ours.recv()
     server = watch_by_server(listener, rendezvous, ranks, queue.SimpleQueue())
     assert isinstance(server, HeartbeatServer)
     crowd, crowds_end = context.Pipe()

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,14 +92,7 @@ def ratio(ours: float, theirs: float) -> str:
 
 def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
     """Watch over the ranks of another process in one of these ways."""
-    raise_nofile_limit(2 * (ranks + MAX_PENDING))
-    listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
-    rendezvous = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    others = context.Process(target=be_ranks, args=(rendezvous, ranks, theirs), daemon=True)
-    others.start()
-    ours.recv()  # it runs
+    listener, rendezvous, ours, others = start_ranks(ranks)
     ends: queue.SimpleQueue[float] = queue.SimpleQueue()
     watcher = watch(listener, rendezvous, ranks, ends)
     begin = time.monotonic()
@@ -118,6 +112,19 @@ def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
     if isinstance(watcher, HeartbeatServer):
         watcher.close()
     return Figures(admitted, cpu / seconds, sent / seconds, known)
+
+
+def start_ranks(ranks: int) -> tuple[socket.socket, Rendezvous, Connection, BaseProcess]:
+    """Start all ranks but 0 in one process; return rank 0's listener and its rendezvous, the pipe to that process, and the process."""
+    raise_nofile_limit(2 * (ranks + MAX_PENDING))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
+    rendezvous = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    others = context.Process(target=be_ranks, args=(rendezvous, ranks, theirs), daemon=True)
+    others.start()
+    ours.recv()  # it runs
+    return listener, rendezvous, ours, others
 
 
 def ours_count(ours: Connection) -> int:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 _LISTEN = "0A"  # a state in /proc/net/tcp
 
 
-def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> T:
+def eventually(read: Callable[[], T | None], what: str = "what the test waits for", seconds: float = 60) -> T:
     """Wait until ``read`` returns something true, and return it."""
     end = time.monotonic() + seconds
     while True:
@@ -77,53 +77,52 @@ def listening(pids: Sequence[int]) -> set[tuple[str, int]]:
     return places
 
 
-class NatsServer:
-    """A real NATS on loopback that can be stopped, and started again on the same port with nothing in it."""
+class Server:
+    """A real server on loopback that can be stopped and started again on the same port.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.service = Nats(find_nats_server(), free_port(), folder / "nats")
+    Args:
+        service: it.
+        folder: for its log.
+    """
+
+    def __init__(self, service: Etcd | Nats, folder: Path) -> None:
+        self.service, self.folder = service, folder
         self.child: LoggedProcess | None = None
 
     @property
     def url(self) -> str:
         return self.service.url
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        name, command = self.service.name, self.service.command()
+        self.child = LoggedProcess(name, command, environment=os.environ, log=self.folder / f"{name}.log")
+        eventually(self.service.answers, f"{name} answers")
+
+    def stop(self) -> None:
+        """Kill it."""
+        if self.child is not None:
+            self.child.kill()
+            self.child = None
+
+
+class NatsServer(Server):
+    """A NATS, which starts with nothing in it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Nats(find_nats_server(), free_port(), folder / "nats"), folder)
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         shutil.rmtree(self.folder / "nats", ignore_errors=True)
-        self.child = LoggedProcess("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
-        eventually(self.service.answers, "NATS answers")
-
-    def stop(self) -> None:
-        """Kill it."""
-        if self.child is not None:
-            self.child.kill()
-            self.child = None
+        super().start()
 
 
-class EtcdServer:
-    """A real etcd on loopback that can be stopped, frozen and started again on the same port."""
+class EtcdServer(Server):
+    """An etcd that can be frozen, too."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.service = Etcd(find_etcd(), free_port(), folder / "etcd")
-        self.child: LoggedProcess | None = None
-
-    @property
-    def url(self) -> str:
-        return self.service.url
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        self.child = LoggedProcess("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
-        eventually(self.service.answers, "etcd answers")
-
-    def stop(self) -> None:
-        """Kill it."""
-        if self.child is not None:
-            self.child.kill()
-            self.child = None
+        super().__init__(Etcd(find_etcd(), free_port(), folder / "etcd"), folder)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -54,6 +54,16 @@ def kernels(worker: RunningWorker) -> list[tuple[int, int, int, str]]:
     return sorted((int(rank), int(loaded), int(made), tactics) for rank, loaded, made, tactics in found)
 
 
+def archive_of_a_first_start(tmp_path: Path, start: Start) -> Path:
+    """Start a worker, which compiles, and end it; return the archive that it has written."""
+    first = start()
+    first.ready()
+    await_text(first, "written back to ")
+    terminate(first)
+    (archive,) = (tmp_path / "shared" / f"dynamo-mpi-{os.geteuid()}").iterdir()
+    return archive
+
+
 COLD = [(rank, 0, KERNELS, "tuned") for rank in range(RANKS)]
 SEEDED = [(rank, KERNELS, 0, "tactics loaded") for rank in range(RANKS)]
 
@@ -116,11 +126,7 @@ def test_another_layout_is_another_archive(tmp_path: Path, start: Start) -> None
 
 @pytest.mark.full
 def test_one_rank_s_file_that_is_bad_starts_all_ranks_cold_and_is_replaced(tmp_path: Path, start: Start) -> None:
-    first = start()
-    first.ready()
-    await_text(first, "written back to ")
-    terminate(first)
-    (archive,) = (tmp_path / "shared" / f"dynamo-mpi-{os.geteuid()}").iterdir()
+    archive = archive_of_a_first_start(tmp_path, start)
     bad = sorted(archive.glob("*.tar"))[0]
     with bad.open("r+b") as file:
         file.seek(bad.stat().st_size // 2)
@@ -189,11 +195,7 @@ def test_an_archive_with_which_a_start_failed_is_not_used_for_the_next_one(tmp_p
 
 @pytest.mark.full
 def test_an_archive_that_others_can_write_is_refused_and_left_as_it_is(tmp_path: Path, start: Start) -> None:
-    first = start()
-    first.ready()
-    await_text(first, "written back to ")
-    terminate(first)
-    (archive,) = (tmp_path / "shared" / f"dynamo-mpi-{os.geteuid()}").iterdir()
+    archive = archive_of_a_first_start(tmp_path, start)
     archive.chmod(0o770)
     before = sorted(os.listdir(archive))
     second = start()

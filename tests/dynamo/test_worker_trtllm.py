@@ -25,6 +25,7 @@ from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_standin_trtllm import ask
+from tests.gpu_nodes import gpu_node, write_whole
 from tests.servers import running_nats
 
 pytestmark = pytest.mark.dynamo
@@ -313,24 +314,12 @@ def test_tensorrt_llms_own_hard_kill_is_reported_first(
 
 
 def test_what_the_driver_says_of_a_gpu_is_in_the_report_of_the_failure(start: Start, tmp_path: Path) -> None:
-    size, nvml, failures = 80 << 30, tmp_path / "node.json", tmp_path / "failures"
-    gpu = {
-        "name": "NVIDIA H100 80GB HBM3",
-        "sm": [9, 0],
-        "total": size,
-        "free": size,
-        "used": 0,
-        "processes": [],
-        "mig": 0,
-    }
-    gpus = [{**gpu, "uuid": f"GPU-{number}"} for number in range(RANKS)]
-    node = {"driver": "580.1", "cuda": 13000, "gpus": gpus}
-    nvml.write_text(json.dumps(node))
+    nvml, failures = tmp_path / "node.json", tmp_path / "failures"
+    nvml.write_text(gpu_node(*[{}] * RANKS))
     flags = ("--probe", "none", "--failure-dir", str(failures))
     worker = start(*flags, has_gpus=True, PYNVML_STANDIN=str(nvml))
     worker.ready()
-    nvml.with_suffix(".new").write_text(json.dumps({**node, "xids": [["GPU-1", 79]]}))
-    nvml.with_suffix(".new").replace(nvml)
+    write_whole(nvml, gpu_node(*[{}] * RANKS, xids=[["GPU-1", 79]]))
     said = "Xid 79 (GPU has fallen off the bus) on GPU 1 (GPU-1)"
     eventually(lambda: f"warning: the NVIDIA driver reports {said}" in worker.text(), "the agent has heard of it")
     os.kill(worker.ranks()[1], signal.SIGKILL)

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import find_mpirun, mpi_environment, run_command
+from tests.dynamo.running import eventually
 from tests.mpi.test_worker_refusals import make_model
 
 pytestmark = pytest.mark.mpi
@@ -102,13 +102,6 @@ def command_lines(session: int) -> list[bytes]:
     return [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") for pid in processes(session)]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.serial  # on a busy machine, Open MPI 5's mpirun may drop what the agent writes after a rank has left with a code
 @pytest.mark.landing(
     "kill-mpi_init-2",
@@ -156,7 +149,7 @@ def test_an_end_by_signal_is_no_failure_and_leaves_no_agent(model: Path, failure
     environment = variables(failures, "rank1:environment:slow=30")
     with subprocess.Popen(worker(model), env=environment, stderr=subprocess.PIPE, text=True) as process:
         # rank 0, the node agent that it has forked, and the others
-        eventually(lambda: len(processes(process.pid)) == RANKS + 1, 20)
+        eventually(lambda: len(processes(process.pid)) == RANKS + 1, seconds=20)
         title = f"dynamo_mpi: node agent on {HOST}".encode()
         eventually(lambda: title in command_lines(process.pid))
         process.send_signal(signal.SIGTERM)

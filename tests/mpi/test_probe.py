@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, Mpirun
 from tests.dynamo.running import eventually, failure_in
 from tests.fault_traces import processes_with
+from tests.gpu_nodes import gpu_node
 from tests.servers import running_etcd
 
 pytestmark = pytest.mark.mpi
@@ -114,25 +115,10 @@ def test_nccl_that_is_not_there_is_reported_and_no_reason_to_stop(mpirun: Mpirun
     assert "the CUDA driver can't be loaded: libcuda.so.1" in finding["found"]
 
 
-def gpus(*changes: dict[str, Any]) -> list[dict[str, Any]]:
-    """Describe a node's GPUs for the stand-in of nvidia-ml-py."""
-    size = 81559 << 20
-    usual = {
-        "name": "NVIDIA H100 80GB HBM3",
-        "sm": [9, 0],
-        "total": size,
-        "free": size,
-        "used": 0,
-        "processes": [],
-        "mig": 0,
-    }
-    return [{**usual, "uuid": f"GPU-{number}", **change} for number, change in enumerate(changes)]
-
-
 def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Path) -> None:
     node = tmp_path / "node.json"
-    some = gpus({}, {"recovery_action": 1, "remapped": [0, 3, 1, 0]}, {"clocks": {"1": 1200, "2": 2619}})
-    node.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": some}))
+    clocks = {"1": 1200, "2": 2619}
+    node.write_text(gpu_node({}, {"recovery_action": 1, "remapped": [0, 3, 1, 0]}, {"clocks": clocks}))
     path = f"{ROOT}:{ROOT / 'tests' / 'standins'}"
     environment = {"PYNVML_STANDIN": str(node), "PYTHONPATH": path}
     done = mpirun(3, PROGRAM, "gpu|2.0|nccl|node=0,1,2", "strict", env=environment)
@@ -153,7 +139,7 @@ def test_memory_that_is_not_given_back_has_the_code_of_who_must_act(
     """Somebody else's process is gone on other nodes; weights that don't fit, with what is free on these, are the preflight's to refuse."""
     node = tmp_path / "node.json"
     held = {"free": 60 << 30, "used": 19 << 30, "processes": [[42, 19 << 30]]}
-    node.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": gpus({}, held)}))
+    node.write_text(gpu_node({}, held, total=81559 << 20))
     environment = {
         "PYNVML_STANDIN": str(node),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'standins'}",

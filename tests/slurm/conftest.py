@@ -16,6 +16,7 @@ from tests.namespaces.anchor import remove_leftovers
 
 from .cluster.cluster import Cluster, why_unavailable
 from .session import SlurmSession, skip_or_fail
+from .stack import Stack, running_stack
 
 
 class MakeSlurm(Protocol):
@@ -45,3 +46,10 @@ def make_slurm(mpich_cache: Path) -> Iterator[MakeSlurm]:
 def slurm(make_slurm: MakeSlurm) -> SlurmSession:
     """The cluster that tests share: 4 nodes with 4 CPUs and 4 GPUs each, as far as Slurm knows."""
     return make_slurm()
+
+
+@pytest.fixture(scope="module")
+def stack(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """etcd and the frontend, for all workers of a module."""
+    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as running:
+        yield running

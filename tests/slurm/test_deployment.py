@@ -133,17 +133,7 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
     os.kill(deployment.launcher(), signal.SIGINT)
     assert deployment.wait() == 130, deployment.text()
     assert "drain: deregistered" in deployment.text()
-    assert "cancelling" not in deployment.text()
-    assert deployment.left() == []
-    assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
-        "ended.json",
-        "lock",
-        "logs",
-        "ready",
-        "services",
-        "timeline",
-    ]
-    assert not list((deployment.run_dir / "ready").iterdir())
+    deployment.assert_ended_in_order()
     (prefill,) = read_traces(deployment.run_dir / "timeline" / "prefill-0.html")
     assert (prefill.outcome, list(dict.fromkeys(rank.host for rank in prefill.ranks))) == ("ended", ["n1", "n2"])
     assert all("load" in [span.phase for span in rank.spans] for rank in prefill.ranks)

@@ -89,14 +89,4 @@ def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> No
     os.kill(deployment.launcher(), signal.SIGINT)
     assert deployment.wait() == 130, deployment.text()
     assert deployment.text().count("drain: dynamo.trtllm deregisters") == 2, deployment.text()
-    assert "cancelling" not in deployment.text()
-    assert deployment.left() == []
-    assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
-        "ended.json",
-        "lock",
-        "logs",
-        "ready",
-        "services",
-        "timeline",
-    ]
-    assert not list((deployment.run_dir / "ready").iterdir())
+    deployment.assert_ended_in_order()

@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.fault_traces import run_out_of_memory, why_no_memory_limit
+from tests.gpu_nodes import gpu_node, write_whole
 
 from .conftest import MakeSlurm
 from .recovery import DIED, HUNG, LOST, RecoveringDeployment, write_model
@@ -314,19 +315,8 @@ def test_starts_that_end_the_same_way_end_the_deployment(launch: Launch, tmp_pat
 
 def gpus(used: int = 0, uncorrected: int = 0, count: int = 1) -> str:
     """Describe a node's GPUs for the stand-in of nvidia-ml-py."""
-    gpu: dict[str, Any] = {
-        "uuid": "GPU-0",
-        "name": "NVIDIA H100 80GB HBM3",
-        "sm": [9, 0],
-        "total": 80 * GIB,
-        "free": 80 * GIB - used,
-        "used": used,
-        "processes": [[1, used]] if used else [],
-        "mig": 0,
-        "ecc": 1,
-        "uncorrected": uncorrected,
-    }
-    return json.dumps({"driver": "570.86.15", "cuda": 12080, "gpus": [gpu] * count})
+    memory = {"free": (80 << 30) - used, "used": used, "processes": [[1, used]] if used else []}
+    return gpu_node(*[{**memory, "uncorrected": uncorrected}] * count)
 
 
 NVML = "/dev/shm/nvml.json"
@@ -335,9 +325,7 @@ NVML = "/dev/shm/nvml.json"
 def write_nvml(slurm: SlurmSession, texts: dict[str, str]) -> None:
     """Write what each node's NVML says."""
     for node, text in texts.items():
-        path = Path(f"/proc/{slurm.cluster.init_pid(node)}/root{NVML}")
-        path.with_suffix(".new").write_text(text)
-        path.with_suffix(".new").replace(path)
+        write_whole(Path(f"/proc/{slurm.cluster.init_pid(node)}/root{NVML}"), text)
 
 
 @pytest.mark.full

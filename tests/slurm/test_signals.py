@@ -16,7 +16,7 @@ from dynamo_mpi.common.errors import of_signal
 from tests.dynamo.running import eventually
 
 from .session import SlurmSession
-from .stack import SlurmWorker, Stack, running_stack
+from .stack import SlurmWorker, Stack
 from .test_worker import THREE_BY_ONE, library
 
 pytestmark = pytest.mark.slurm
@@ -85,13 +85,6 @@ CASES = {
     "Ctrl-C twice": Case(to_srun(INT, INT), 137, "srun: sending Ctrl-C to StepId", False, 10),
     "SIGTERM to srun": Case(to_srun(TERM), 137, "forcing job termination", False, 10),
 }
-
-
-@pytest.fixture(scope="module")
-def stack(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """etcd and the frontend, for all workers of this module."""
-    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.dynamo.running import eventually
 
 from .cluster.settings import LOGIN
 from .session import SlurmSession
-from .stack import PROGRAMS, SlurmWorker, Stack, answer_of, running_stack
+from .stack import PROGRAMS, SlurmWorker, Stack, answer_of
 
 pytestmark = pytest.mark.slurm
 Start = Callable[..., SlurmWorker]
@@ -49,13 +49,6 @@ def library(slurm: SlurmSession, plugin: str) -> dict[str, str]:
         return {**slurm.mpich_env}
     # the nodes share this machine's cores and don't know: without it, waiting ranks keep the working ones from theirs (9 times slower)
     return {**slurm.debian_openmpi_env, "OMPI_MCA_mpi_yield_when_idle": "1"}
-
-
-@pytest.fixture(scope="module")
-def stack(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """etcd and the frontend, for all workers of this module."""
-    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
-from .session import SlurmSession
-from .stack import SlurmWorker, Stack, answer_of, running_stack
+from .stack import SlurmWorker, Stack, answer_of
 
 pytestmark = pytest.mark.slurm
 Start = Callable[..., SlurmWorker]
@@ -29,13 +28,6 @@ ENVIRONMENT = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMP_NUM_THREADS": "1",
 }
-
-
-@pytest.fixture(scope="module")
-def stack(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """etcd and the frontend, for all workers of this module."""
-    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ from typing import NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.certificates import certificates, without_certificate
+from tests.servers import running_etcd, running_secured_etcd
 from tests.unit.board import Board, running_board
+from tests.unit.slurm_commands import SlurmCommands
 
 # by default an example that takes 200 ms fails its test, which on a busy machine any may
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -37,6 +40,32 @@ def clean_board(shared_board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("ETCD_ENDPOINTS", shared_board.url)
     monkeypatch.chdir(tmp_path)
     return shared_board
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    """An etcd of the module's own; the value is its address."""
+    with running_etcd() as url:
+        yield url
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmCommands:
+    """Stand-ins for Slurm's commands, first on PATH."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return SlurmCommands(folder)
+
+
+@pytest.fixture
+def secured_etcd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """An etcd that takes clients with a certificate alone, named by an environment without one; yields the variables of one that it takes."""
+    files = certificates(tmp_path / "tls")
+    with running_secured_etcd(files) as url:
+        for name, value in {"ETCD_ENDPOINTS": url, **without_certificate(files)}.items():
+            monkeypatch.setenv(name, value)
+        yield files.client_environment()
 
 
 @pytest.fixture(scope="session")

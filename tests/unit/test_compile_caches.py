@@ -43,6 +43,7 @@ from dynamo_mpi.stage.cache_key import KeyUnknownError, key_of
 from dynamo_mpi.stage.cache_session import CachePlan, CacheSession, unlike_json
 from dynamo_mpi.stage.cache_store import Part, folders_of, look, name_of, publish
 from dynamo_mpi.stage.compile_caches import LIBRARIES, ROOT_VARIABLE, assign
+from tests.contexts import OneRank
 from tests.unit.models import SMOLLM2
 from tests.unit.neighbour import NOBODY, as_neighbour, needs_root
 
@@ -791,18 +792,6 @@ def test_the_room_to_unpack_is_for_all_ranks_of_the_node(
 
 
 # a rank
-
-
-class OneRank:
-    """A world of one rank."""
-
-    rank, size = 0, 1
-
-    def gather(self, data: bytes) -> list[bytes]:
-        return [data]
-
-    def broadcast(self, data: bytes = b"") -> bytes:
-        return data
 
 
 def test_a_rank_has_its_folders_whether_it_is_seeded_or_not_until_it_ends(

@@ -22,7 +22,7 @@ from dynamo_mpi.ops import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board
 from tests.unit.neighbour import NOBODY, needs_root
-from tests.unit.test_launch_endings import Slurm
+from tests.unit.slurm_commands import SlurmCommands
 from tests.unit.test_status_command import describe, serve
 
 HERE = os.uname().nodename.partition(".")[0]
@@ -36,15 +36,6 @@ Run = Callable[..., tuple[int, str, str]]
 def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
     monkeypatch.setattr(stop, "POLL_SECONDS", 0.02)
     return clean_board
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    """Stand-ins for Slurm's commands, which write down what they are asked."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return Slurm(folder)
 
 
 @pytest.fixture
@@ -107,7 +98,9 @@ def remove_after(board: Board, process: subprocess.Popen[str], key: str) -> None
 
 
 @pytest.mark.parametrize("words", [(), ("--dry-run",), ("--job", "12"), ("--timeout", "1")])
-def test_without_a_clear_target_nothing_is_done(board: Board, run: Run, slurm: Slurm, words: tuple[str, ...]) -> None:
+def test_without_a_clear_target_nothing_is_done(
+    board: Board, run: Run, slurm: SlurmCommands, words: tuple[str, ...]
+) -> None:
     board.worker("agg")
     code, _, err = run(*words)
     assert (code, slurm.asked) == (ExitCode.USAGE, [])
@@ -147,7 +140,7 @@ def test_prefill_goes_before_decode(board: Board, run: Run, start: Callable[...,
     assert [line.split()[4] for line in err.splitlines() if ": ending " in line] == ["prefill", "decode"]
 
 
-def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: Slurm) -> None:
+def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: SlurmCommands) -> None:
     slurm.lists("7.3|dynmpi-x-agg-0", "7.4|dynmpi-x-agg-1")
     key = board.worker("agg", job="7", step="3", host="n1", launch="dynmpi-x-agg-0")
     board.worker("agg", "b", job="8", step="3", host="n1")
@@ -157,7 +150,7 @@ def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: 
     assert (code, slurm.asked) == (0, ["--signal=TERM 7.3"]), err
 
 
-def ended_with(board: Board, run: Run, slurm: Slurm, key: str, *words: str) -> tuple[int, str]:
+def ended_with(board: Board, run: Run, slurm: SlurmCommands, key: str, *words: str) -> tuple[int, str]:
     """Run the verb, and remove the record as soon as Slurm is asked to signal."""
 
     def follow() -> None:
@@ -182,7 +175,7 @@ def ended_with(board: Board, run: Run, slurm: Slurm, key: str, *words: str) -> t
     ],
 )
 def test_a_step_with_another_name_gets_no_signal(
-    board: Board, run: Run, slurm: Slurm, name: str | None, launch: str | None
+    board: Board, run: Run, slurm: SlurmCommands, name: str | None, launch: str | None
 ) -> None:
     slurm.lists(*([] if name is None else [f"7.3|{name}"]), "7.4|dynmpi-x-agg-0")
     key = board.worker("agg", job="7", step="3", host="n1", launch=launch)
@@ -195,7 +188,7 @@ def test_a_step_with_another_name_gets_no_signal(
     assert (code, slurm.asked) == (0, ["--signal=TERM 7.3"]), err
 
 
-def test_without_slurms_answer_no_step_is_signalled(board: Board, run: Run, slurm: Slurm) -> None:
+def test_without_slurms_answer_no_step_is_signalled(board: Board, run: Run, slurm: SlurmCommands) -> None:
     slurm.fails("Unable to contact slurm controller")
     board.worker("agg", job="7", step="3", host="n1", launch="dynmpi-x-agg-0")
     code, _, err = run("--namespace", "dynamo", "--timeout", "1")
@@ -206,7 +199,7 @@ def test_without_slurms_answer_no_step_is_signalled(board: Board, run: Run, slur
     ("job", "step"), [("7", None), ("7 8", "0"), ("--all", "0"), ("7", "batch"), ("-7", "1"), ("7", "1\n")]
 )
 def test_what_is_no_step_never_reaches_scancel(
-    board: Board, run: Run, slurm: Slurm, job: str, step: str | None
+    board: Board, run: Run, slurm: SlurmCommands, job: str, step: str | None
 ) -> None:
     board.worker("agg", job=job, step=step, host="n1")
     code, _, err = run("--namespace", "dynamo", "--timeout", "1")

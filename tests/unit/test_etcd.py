@@ -29,12 +29,6 @@ WORKER = user("worker", PASSWORDS["worker"])
 
 
 @pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def locked() -> Iterator[str]:
     """An etcd with users."""
     with running_etcd() as url:

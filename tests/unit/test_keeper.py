@@ -18,6 +18,7 @@ from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.record_keeper import RecordKeeper
 from dynamo_mpi.discovery.records import Progress, StoredRecord, WorkerRecord, list_workers
+from tests.dynamo.running import eventually
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
 from tests.unit.worlds import world
@@ -27,12 +28,6 @@ pytestmark = pytest.mark.slow
 SECONDS = 2
 """The shortest lease that etcd grants here."""
 Keep = Callable[..., RecordKeeper]
-
-
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
 
 
 class Kept:
@@ -69,13 +64,6 @@ def worlds(url: str) -> list[StoredRecord]:
         return list_workers(etcd)[0]
     finally:
         etcd.close()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept) -> None:
@@ -289,7 +277,7 @@ def test_nothing_is_published_where_no_server_answers(kept: Kept) -> None:
 def test_an_update_is_there_within_about_a_second(etcd: str, kept: Kept) -> None:
     keeper = kept.starts(etcd, world(), 60)
     keeper.update(in_flight=3, system="http://h:1")
-    eventually(lambda: worlds(etcd)[0].record.in_flight == 3, 3)
+    eventually(lambda: worlds(etcd)[0].record.in_flight == 3, seconds=3)
     assert worlds(etcd)[0].record == world(in_flight=3, system="http://h:1")
 
 
@@ -300,7 +288,7 @@ def test_many_updates_cost_few_writes_and_the_last_one_counts(etcd: str, kept: K
     for count in range(20_000):
         keeper.update(in_flight=count)
     spent = time.monotonic() - begin
-    eventually(lambda: worlds(etcd)[0].record.in_flight == 19_999, 5)
+    eventually(lambda: worlds(etcd)[0].record.in_flight == 19_999, seconds=5)
     assert versions(etcd) - before <= 2 + spent
     assert spent < 2
 
@@ -310,11 +298,11 @@ def test_a_phase_does_not_wait_for_what_came_before_it(etcd: str, kept: Kept) ->
     progress = Progress(1, 8, 7, "n2", 0.5)
     keeper.set_phase("load")
     keeper.update(progress=progress)
-    eventually(lambda: worlds(etcd)[0].record.progress == progress, 3)
+    eventually(lambda: worlds(etcd)[0].record.progress == progress, seconds=3)
     begin = time.monotonic()
     keeper.update(in_flight=1, progress=progress)
     keeper.set_phase("warmup")
-    eventually(lambda: worlds(etcd)[0].record.phase == "warmup", 3)
+    eventually(lambda: worlds(etcd)[0].record.phase == "warmup", seconds=3)
     assert time.monotonic() - begin < 0.6
     record = worlds(etcd)[0].record
     assert (record.in_flight, record.progress) == (1, None)
@@ -341,7 +329,7 @@ def test_an_update_may_come_from_a_signals_handler(etcd: str, kept: Kept) -> Non
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert count > 10
-    eventually(lambda: worlds(etcd)[0].record.in_flight == count, 5)
+    eventually(lambda: worlds(etcd)[0].record.in_flight == count, seconds=5)
 
 
 def versions(url: str) -> int:

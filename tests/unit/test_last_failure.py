@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from dynamo_mpi.discovery.failure_records import (
     is_successor,
 )
 from dynamo_mpi.supervisor.leases import LeaseRevoker, encode_leases
+from tests.dynamo.running import eventually
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
@@ -217,10 +218,3 @@ def test_an_etcd_that_hangs_delays_nothing() -> None:
         hooks.on_failure(ENDED)
         hooks.wait(begin + 1)
         assert time.monotonic() - begin < 1.5
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)

@@ -19,50 +19,7 @@ from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import SlurmStepController, Step, StepEnd, end_of_job, start
 from tests.dynamo.running import eventually
-
-# steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone
-SQUEUE = """\
-#!/bin/sh
-[ "$*" != "--jobs=7 --noheader --format=%e" ] || {{ date -d @1800000000 +"${{SLURM_TIME_FORMAT:-%FT%T}}"; exit; }}
-[ "$*" = "--steps --jobs=7 --noheader --format=%i|%j" ] || exit 2
-[ ! -e {folder}/down ] || {{ echo "slurm_load_jobs error: $(cat {folder}/down)" >&2; exit 1; }}
-cat {folder}/steps
-"""
-SCANCEL = """\
-#!/bin/sh
-echo "$*" >> {folder}/asked
-[ "$1" = --signal=TERM ] || : > {folder}/steps
-"""
-
-
-class Slurm:
-    """The stand-ins, and what they were asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name, text in (("squeue", SQUEUE), ("scancel", SCANCEL)):
-            (folder / name).write_text(text.format(folder=folder))
-            (folder / name).chmod(0o755)
-        self.lists()
-
-    def lists(self, *lines: str) -> None:
-        (self.folder / "steps").write_text("".join(f"{line}\n" for line in lines))
-
-    def fails(self, why: str) -> None:
-        (self.folder / "down").write_text(why)
-
-    @property
-    def asked(self) -> list[str]:
-        asked = self.folder / "asked"
-        return asked.read_text().splitlines() if asked.exists() else []
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return Slurm(folder)
+from tests.unit.slurm_commands import SlurmCommands
 
 
 @pytest.fixture
@@ -72,7 +29,7 @@ def step(tmp_path: Path) -> Iterator[Step]:
     begun.child.kill()
 
 
-def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, step: Step) -> None:
+def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: SlurmCommands, step: Step) -> None:
     slurm.lists("7.3|dynmpi-x-decode-0", "7.4|dynmpi-y-decode-0")
     SlurmStepController("7").signal([step])
     assert slurm.asked == ["--signal=TERM 7.3"]
@@ -81,7 +38,7 @@ def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, ste
     assert step.child.exit_code() is None
 
 
-def test_a_cancelled_step_that_slurm_still_lists_is_not_taken_for_the_next(slurm: Slurm, step: Step) -> None:
+def test_a_cancelled_step_that_slurm_still_lists_is_not_taken_for_the_next(slurm: SlurmCommands, step: Step) -> None:
     slurm.lists("7.3|dynmpi-x-decode-0")
     steps = SlurmStepController("7")
     steps.cancel([step])
@@ -94,7 +51,7 @@ def test_a_cancelled_step_that_slurm_still_lists_is_not_taken_for_the_next(slurm
     assert step.child.exit_code() is None
 
 
-def test_a_step_whose_next_start_waits_is_ended_by_its_srun(slurm: Slurm, step: Step) -> None:
+def test_a_step_whose_next_start_waits_is_ended_by_its_srun(slurm: SlurmCommands, step: Step) -> None:
     slurm.lists("7.3|dynmpi-x-decode-0")
     steps = SlurmStepController("7")
     steps.cancel([step])
@@ -103,7 +60,7 @@ def test_a_step_whose_next_start_waits_is_ended_by_its_srun(slurm: Slurm, step: 
     assert step.child.popen.wait(10) == -signal.SIGTERM
 
 
-def test_a_launcher_that_waits_for_a_lost_node_is_killed(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_launcher_that_waits_for_a_lost_node_is_killed(slurm: SlurmCommands, tmp_path: Path) -> None:
     words = ("sh", "-c", "trap '' TERM; echo begun; sleep 600 & wait; wait; sleep 600")
     hung = start(Command("decode-0", "dynmpi-x-decode-0", (words,)), os.environ, tmp_path / "log")
     eventually(lambda: "begun" in hung.last_words(), "it ignores SIGTERM", 10)
@@ -116,7 +73,7 @@ def test_a_launcher_that_waits_for_a_lost_node_is_killed(slurm: Slurm, tmp_path:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step: Step, answers: bool) -> None:
+def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: SlurmCommands, step: Step, answers: bool) -> None:
     if not answers:
         slurm.fails("Unable to contact slurm controller (connect failure)")
     SlurmStepController("7").signal([step])
@@ -125,7 +82,7 @@ def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step
 
 
 def test_a_hung_slurm_keeps_the_launcher_only_for_seconds(
-    slurm: Slurm, step: Step, monkeypatch: pytest.MonkeyPatch
+    slurm: SlurmCommands, step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 600\n")
     assert slurm_steps._CANCEL_SECONDS <= 5
@@ -136,13 +93,13 @@ def test_a_hung_slurm_keeps_the_launcher_only_for_seconds(
     assert step.child.popen.wait(10) == -signal.SIGTERM
 
 
-def test_slurm_is_asked_when_the_jobs_time_ends(slurm: Slurm) -> None:
+def test_slurm_is_asked_when_the_jobs_time_ends(slurm: SlurmCommands) -> None:
     assert end_of_job("7") == "1800000000"
     slurm.fails("Invalid job id specified")
     assert end_of_job("8") == ""
 
 
-def left_by_a_killed_launcher(tmp_path: Path, slurm: Slurm) -> Path:
+def left_by_a_killed_launcher(tmp_path: Path, slurm: SlurmCommands) -> Path:
     """Return a link to the folder: its user may come to it by another path."""
     run_dir = RunDir(tmp_path / "run")
     run_dir.describe({"job_id": "7", "steps": ["dynmpi-x-services", "dynmpi-x-decode-0"]})
@@ -154,7 +111,7 @@ def left_by_a_killed_launcher(tmp_path: Path, slurm: Slurm) -> Path:
 
 
 def test_down_cancels_the_steps_of_a_killed_launcher_and_no_others(
-    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = left_by_a_killed_launcher(tmp_path, slurm)
     assert main(["down", str(folder)]) == 0
@@ -164,7 +121,7 @@ def test_down_cancels_the_steps_of_a_killed_launcher_and_no_others(
 
 
 def test_down_does_not_report_as_ended_what_slurm_does_not_list(
-    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = left_by_a_killed_launcher(tmp_path, slurm)
     slurm.fails("Unable to contact slurm controller (connect failure)")
@@ -173,7 +130,7 @@ def test_down_does_not_report_as_ended_what_slurm_does_not_list(
     assert json.loads((folder / "deployment.json").read_text())["job_id"] == "7"
 
 
-def test_down_of_a_job_that_has_long_ended(tmp_path: Path, slurm: Slurm) -> None:
+def test_down_of_a_job_that_has_long_ended(tmp_path: Path, slurm: SlurmCommands) -> None:
     folder = left_by_a_killed_launcher(tmp_path, slurm)
     slurm.fails("Invalid job id specified")
     assert main(["down", str(folder)]) == 0

@@ -24,6 +24,7 @@ from dynamo_mpi.discovery.nats_auth import NatsAuth
 from dynamo_mpi.discovery.nats_check import check_nats
 from dynamo_mpi.discovery.nats_publisher import Message, NatsPublisher
 from tests.certificates import certificates
+from tests.dynamo.running import eventually
 from tests.nats_keys import Operator, identity
 from tests.nats_listener import listening_to
 from tests.servers import listening, running_nats
@@ -59,13 +60,6 @@ def message(number: int) -> Message:
     return Message(SUBJECT, json.dumps(number).encode())
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_all_arrive_in_their_order_and_the_last_before_the_end(line: Make, said: list[str]) -> None:
     with running_nats() as url, listening_to(url) as heard:
         ours = line(url)
@@ -83,7 +77,7 @@ def test_what_was_sent_has_arrived_when_it_is_flushed(line: Make) -> None:
         for number in range(20):
             ours.send(message(number))
             ours.flush(10)
-            eventually(lambda wanted=number: len(heard.messages) == wanted + 1, 5)  # type: ignore[misc] # a default binds it
+            eventually(lambda wanted=number: len(heard.messages) == wanted + 1, seconds=5)  # type: ignore[misc] # a default binds it
 
 
 def test_a_nats_that_comes_late_gets_what_has_waited(line: Make, said: list[str]) -> None:

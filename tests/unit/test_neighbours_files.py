@@ -30,7 +30,7 @@ from dynamo_mpi.telemetry.metrics import MetricsFile
 from tests.unit.board import Board
 from tests.unit.model_zoo import ZOO
 from tests.unit.neighbour import NOBODY, as_neighbour, needs_root, within
-from tests.unit.test_launch_endings import Slurm
+from tests.unit.slurm_commands import SlurmCommands
 from tests.unit.test_status_command import describe, serve
 
 Run = Callable[..., tuple[int, str, str]]
@@ -49,13 +49,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    found = Slurm(folder)
-    found.lists("7.3|dynmpi-x-decode-0", "7.4|python")
-    return found
+def slurm(slurm: SlurmCommands) -> SlurmCommands:
+    slurm.lists("7.3|dynmpi-x-decode-0", "7.4|python")
+    return slurm
 
 
 @pytest.fixture
@@ -80,7 +76,7 @@ def plant_deployment(folder: Path, url: str = "") -> None:
 
 
 @needs_root
-def test_a_neighbours_deployment_ends_no_step(here: Path, run: Run, slurm: Slurm) -> None:
+def test_a_neighbours_deployment_ends_no_step(here: Path, run: Run, slurm: SlurmCommands) -> None:
     as_neighbour(lambda: plant_deployment(here / "dynamo_mpi-x"))
     code, _, err = run("down", "--timeout", "1")
     assert (code, slurm.asked, "no deployment runs" in err) == (ExitCode.USAGE, [], True), err
@@ -89,7 +85,7 @@ def test_a_neighbours_deployment_ends_no_step(here: Path, run: Run, slurm: Slurm
 
 @needs_root
 @pytest.mark.parametrize("verb", ["down", "status", "wait", "timeline"])
-def test_a_neighbours_folder_is_not_used(here: Path, run: Run, slurm: Slurm, verb: str) -> None:
+def test_a_neighbours_folder_is_not_used(here: Path, run: Run, slurm: SlurmCommands, verb: str) -> None:
     as_neighbour(lambda: plant_deployment(here / "dynamo_mpi-x"))
     code, out, err = run(verb, "--run-dir", "dynamo_mpi-x", *(("--timeout", "1") if verb in ("down", "wait") else ()))
     assert (code, out, slurm.asked) == (ExitCode.NOT_AUTHORISED, "", []), err
@@ -121,7 +117,7 @@ def test_doctor_asks_no_etcd_of_a_neighbour(here: Path, run: Run, clean_board: B
     assert clean_board.url not in out
 
 
-def test_only_steps_of_launch_are_cancelled(tmp_path: Path, run: Run, slurm: Slurm) -> None:
+def test_only_steps_of_launch_are_cancelled(tmp_path: Path, run: Run, slurm: SlurmCommands) -> None:
     run_dir = describe(tmp_path / "run", **STEPS)
     os.close(run_dir._lock)
     code, _, err = run("down", "--run-dir", str(run_dir.path), "--timeout", "5")
@@ -129,7 +125,7 @@ def test_only_steps_of_launch_are_cancelled(tmp_path: Path, run: Run, slurm: Slu
 
 
 @pytest.mark.parametrize("steps", ["python", 7, [{}], None, {"python": 1}])
-def test_steps_that_are_no_list_end_nothing(tmp_path: Path, run: Run, slurm: Slurm, steps: Any) -> None:
+def test_steps_that_are_no_list_end_nothing(tmp_path: Path, run: Run, slurm: SlurmCommands, steps: Any) -> None:
     run_dir = describe(tmp_path / "run", job_id="7", steps=steps)
     os.close(run_dir._lock)
     assert (run("down", "--run-dir", str(run_dir.path), "--timeout", "5")[0], slurm.asked) == (0, [])

@@ -26,12 +26,6 @@ from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
 
 
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return load_settings(WorkerSources(["--model", str(tmp_path), "--probe-timeout", "1"], {}))

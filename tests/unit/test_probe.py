@@ -22,17 +22,11 @@ from dynamo_mpi.discovery.connectivity import check_connectivity, nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import etcd_endpoints
 from tests.certificates import certificates, without_certificate
-from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, running_secured_etcd, say
+from tests.servers import closed_port, drip, listening, reply, running_nats, running_secured_etcd, say
 
 TIMEOUT = 0.4
 BOUND = 4.0
 """Seconds that a probe of TIMEOUT may take on a busy machine."""
-
-
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

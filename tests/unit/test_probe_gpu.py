@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import threading
 import time
@@ -35,6 +34,7 @@ from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import Severity
 from tests.conftest import ROOT
+from tests.gpu_nodes import gpu_node, write_whole
 
 GIB = 2**30
 SIZE = 80 * GIB
@@ -69,19 +69,7 @@ def describe(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("PYNVML_STANDIN", str(path))
 
     def write(*gpus: dict[str, Any]) -> Path:
-        usual = {
-            "name": "NVIDIA H100 80GB HBM3",
-            "sm": [9, 0],
-            "total": SIZE,
-            "free": SIZE,
-            "used": 0,
-            "processes": [],
-            "mig": 0,
-        }
-        some = [{**usual, "uuid": f"GPU-{number}", **gpu} for number, gpu in enumerate(gpus)]
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": some}))
-        fresh.replace(path)
+        write_whole(path, gpu_node(*gpus))
         return path
 
     return write

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from dynamo_mpi.common.errors import ExitCode, RetryableError
 from dynamo_mpi.discovery.etcd import EtcdAuth, Lease
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
-from tests.dynamo.running import EtcdServer
+from tests.dynamo.running import EtcdServer, eventually
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
@@ -76,19 +76,6 @@ def watched() -> Iterator[WatchedRegistrations]:
     watched = WatchedRegistrations()
     yield watched
     watched.close()
-
-
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: WatchedRegistrations) -> None:

@@ -37,12 +37,6 @@ LAUNCH = "dynmpi-0a1b2c3d-decode-0"
 MARGIN_SECONDS = 1.5
 
 
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    with running_etcd() as url:
-        yield url
-
-
 @dataclass
 class Left:
     """What a worker has left in an etcd."""

@@ -21,9 +21,8 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops.deployment import find_deployment
-from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
-from tests.servers import closed_port, running_nats, running_secured_etcd
+from tests.servers import closed_port, running_nats
 from tests.unit.board import Board
 
 PROGRESS = {"done": 3, "ranks": 6, "slowest_rank": 5, "slowest_host": "n3", "seconds": 40.0}
@@ -252,16 +251,11 @@ def test_where_no_etcd_answers(board: Board, run: Run, monkeypatch: pytest.Monke
     assert "Traceback" not in err
 
 
-def test_a_refusal_is_77(board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = certificates(tmp_path / "tls")
-    with running_secured_etcd(files) as url:
-        monkeypatch.setenv("ETCD_ENDPOINTS", url)
-        for name, value in without_certificate(files).items():
-            monkeypatch.setenv(name, value)
-        assert run()[0] == ExitCode.NOT_AUTHORISED
-        for name, value in files.client_environment().items():
-            monkeypatch.setenv(name, value)
-        assert run()[:2] == (0, "no worker is there\n")
+def test_a_refusal_is_77(board: Board, secured_etcd: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run()[0] == ExitCode.NOT_AUTHORISED
+    for name, value in secured_etcd.items():
+        monkeypatch.setenv(name, value)
+    assert run()[:2] == (0, "no worker is there\n")
 
 
 def describe(folder: Path, **changes: Any) -> RunDir:

@@ -18,8 +18,7 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops import wait as waiting
-from tests.certificates import certificates, without_certificate
-from tests.servers import closed_port, drip, listening, reply, running_secured_etcd
+from tests.servers import closed_port, drip, listening, reply
 from tests.unit.board import Board
 from tests.unit.test_status_command import describe, serve
 
@@ -257,13 +256,9 @@ def test_an_etcd_that_is_not_there_yet(board: Board, run: Run, monkeypatch: pyte
     assert "waiting for etcd: etcd does not answer" in err
 
 
-def test_an_etcd_that_refuses_is_77(board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = certificates(tmp_path / "tls")
-    with running_secured_etcd(files) as url:
-        monkeypatch.setenv("ETCD_ENDPOINTS", url)
-        for name, value in without_certificate(files).items():
-            monkeypatch.setenv(name, value)
-        assert run()[0] == ExitCode.NOT_AUTHORISED
+@pytest.mark.usefixtures("board", "secured_etcd")
+def test_an_etcd_that_refuses_is_77(run: Run) -> None:
+    assert run()[0] == ExitCode.NOT_AUTHORISED
 
 
 def test_a_deployment_from_before_its_folder_is_there(board: Board, run: Run, tmp_path: Path) -> None:
