@@ -6,6 +6,9 @@
 
 set -euo pipefail
 
+# shellcheck source=scripts/deployment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/deployment.sh"
+
 usage() {
     cat <<'END'
 usage: srun_disaggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
@@ -18,31 +21,14 @@ usage: srun_disaggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS 
   scripts/srun_disaggregated.sh --dry-run --nodes 'n[1-4]'    the same on a machine without Slurm
 
 Environment (defaults in parentheses):
-  IMAGE                   container image for Pyxis; without one everything runs on bare metal
-  MOUNTS                  HOST:CONTAINER[,…] (this checkout:/mnt)
-  MODEL_PATH              model folder or hub id, as the ranks see it (meta-llama/Llama-4-Maverick-17B-128E-Instruct, with the engine
-                          configs below)
-  SERVED_MODEL_NAME       name that clients ask for (MODEL_PATH's last part, or the hub id)
-  NUM_GPUS_PER_NODE       (4)
   NUM_PREFILL_NODES       of one prefill worker (2)
   NUM_PREFILL_WORKERS     (1)
   PREFILL_ENGINE_CONFIG   (engine_configs/multimodal/llama4/prefill.yaml)
   NUM_DECODE_NODES        of one decode worker (2)
   NUM_DECODE_WORKERS      (1)
   DECODE_ENGINE_CONFIG    (engine_configs/multimodal/llama4/decode.yaml)
-  MODALITY                for dynamo.trtllm: text, multimodal (multimodal for a Llama-4 in MODEL_PATH, else text)
-  STAGE_DIR               folder on a disk of each node: the model is copied there first, read once for all nodes of a worker (none)
-  CACHE_DIR               folder on the shared file system: compile caches are seeded from there, and written back (none)
-  DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
-  SRUN_ARGS               further words for srun of each worker
-  DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
-  NUM_SPARE_NODES         nodes that take the place of a lost or unhealthy one; then salloc needs --no-kill (0)
-  DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0; with spare nodes 3)
-  PYTHON                  interpreter here, 3.10 or newer (python3)
-  DYN_MPI_PYTHON          interpreter of the steps (the image's python3; without an image, the one here)
-
-dynamo-mpi launch --help has the rest.
 END
+    common_usage
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
@@ -50,23 +36,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit 0
 fi
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-
-export IMAGE=${IMAGE:-}
-if [[ -n $IMAGE ]]; then
-    # Adapt it to your cluster: paths in MODEL_PATH and in the engine configs are the container's.
-    export MOUNTS=${MOUNTS:-$root:/mnt}
-    configs=/mnt/engine_configs
-else
-    configs=$root/engine_configs
-fi
-
-# the example's model, unless the engine configs are another model's
-# shellcheck source=scripts/example_model.sh
-source "$root/scripts/example_model.sh"
-
-export NUM_GPUS_PER_NODE=${NUM_GPUS_PER_NODE:-4}
-
+prepare "$@"
 export NUM_PREFILL_NODES=${NUM_PREFILL_NODES:-2}
 export NUM_PREFILL_WORKERS=${NUM_PREFILL_WORKERS:-1}
 export PREFILL_ENGINE_CONFIG=${PREFILL_ENGINE_CONFIG:-$configs/multimodal/llama4/prefill.yaml}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text, usage_parser
+from dynamo_mpi.config.options import Option, add_options, resolve, run_dir_option, to_switch, to_text, usage_parser
 from dynamo_mpi.config.sources import to_seconds
 from dynamo_mpi.deploy.settings import to_words
 
@@ -30,13 +30,8 @@ def to_port(text: str) -> int:
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option(
-        "run_dir",
-        ("--run-dir",),
-        ("DYN_MPI_RUN_DIR",),
-        None,
-        to_path,
-        "folder of this job, on a file system that all its nodes share; made, for this user alone, if absent",
+    run_dir_option(
+        "folder of this job, on a file system that all its nodes share; made, for this user alone, if absent"
     ),
     Option(
         "address",

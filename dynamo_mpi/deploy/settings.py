@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, resolve, to_count, to_folder, to_path, to_switch, to_text
+from dynamo_mpi.config.options import Option, resolve, run_dir_option, to_count, to_folder, to_path, to_switch, to_text
 from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
@@ -138,12 +138,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "gpus_per_node", ("--gpus-per-node",), ("NUM_GPUS_PER_NODE",), 4, to_count, "GPUs, and so ranks, of each node"
     ),
-    Option(
-        "run_dir",
-        ("--run-dir",),
-        ("DYN_MPI_RUN_DIR",),
-        None,
-        to_path,
+    run_dir_option(
         "folder of this deployment on a file system that all nodes share: logs, and the services' addresses and keys; "
         "./dynamo_mpi-JOB by default",
     ),

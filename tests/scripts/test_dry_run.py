@@ -121,7 +121,15 @@ def test_help_names_the_variables(script: str) -> None:
         check=True,
         env={"PATH": os.environ["PATH"], "PYTHON": sys.executable},
     )
-    read = set(re.findall(r"^export ([A-Z_]+)=", path.read_text(), re.MULTILINE)) - {"PYTHONPATH"}
+    text = path.read_text()
+    sourced = re.findall(r"^source .*/(\w+\.sh)\"$", text, re.MULTILINE)
+    text += "".join((path.parent / name).read_text() for name in sourced)
+    assert sourced == ["deployment.sh"] * script.startswith("srun")
+    read = set(re.findall(r"^ *export ([A-Z_]+)=", text, re.MULTILINE)) - {
+        "PYTHONPATH",
+        "DYN_MPI_CHECKOUT",
+        "DYN_MPI_NO_KILL",
+    }
     assert shlex.split(done.stdout, comments=False, posix=False)
     assert read <= set(re.findall(r"[A-Z_]+", done.stdout)), done.stdout
     # Pyxis takes nothing else for a file
