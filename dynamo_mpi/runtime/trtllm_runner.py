@@ -59,6 +59,8 @@ _RELEASE_SECONDS = 60.0
 _DEREGISTER_SECONDS = 0.5
 _FIRST_CAUSE_SECONDS = 0.5
 _KILLED_SECONDS = 0.1
+# a child that somebody else ends revokes its lease, and then closes its engine
+_LEASE_TO_EXIT_SECONDS = 5.0
 # the child closes its engine before it exits; rank 0's failed start makes it raise, then exit
 _CHILD_FIRST_SECONDS = 20.0
 # of another rank's failed start it learns nothing
@@ -283,7 +285,7 @@ class TrtllmRunner(WorkerHook):
                 self._supervisor.abort(ChildExitError(code, lines, loss, reason), exit_code_for(code))
 
     def _on_lease_lost(self, error: RetryableError) -> None:
-        if self._child is not None and self._child.wait(_FIRST_CAUSE_SECONDS):
+        if self._child is not None and self._child.wait(_LEASE_TO_EXIT_SECONDS):
             return  # the child's exit says more
         if self._serving:
             self._events.put(LeaseLost(error))
