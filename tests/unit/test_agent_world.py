@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure
+from dynamo_mpi.common.xids import GpuError
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, explain_signal
 from dynamo_mpi.supervisor.agent_world import WorldWatch
@@ -142,6 +143,26 @@ def test_the_hub_reports_the_death_that_came_first_and_ends_all(world: list[Agen
     assert all(agent.watch.reported for agent in world)
     assert all(agent.ended[0] == 70 for agent in world)
     assert hub.notes.revoked
+
+
+def test_an_xid_of_another_node_is_in_the_hub_s_report(world: list[Agent]) -> None:
+    hub, _, other = world
+    error = GpuError(79, 3, "GPU-3", other.host, time.monotonic() - 2.0)
+    other.watch.note_gpu_error(error.as_document(time.monotonic()))
+    turn_until(world, lambda: hub.watch.history.gpu_errors)
+    hub.watch.publish(
+        Report(death(1, text="NCCL error"), "n1", "error in serve: NCCL error", (), 0, "n0"), lambda: None
+    )
+    (written,) = hub.notes.reports
+    (found,) = written.gpu_errors
+    assert found._replace(at=0.0) == error._replace(at=0.0)
+    assert abs(found.at - error.at) < 1
+    assert f"    {error} of {other.host}, 2." in written.text
+    # what an agent of another version sends is no error
+    other.watch.note_gpu_error({"xid": "?"})
+    other.watch.set_phase("drain")
+    turn_until(world, lambda: hub.watch.history.phase == "drain")
+    assert len(hub.watch.history.gpu_errors) == 1
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
