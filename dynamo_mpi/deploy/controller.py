@@ -106,7 +106,9 @@ class DeploymentController:
         self._first = FirstSteps(builder, self._environment, self._run_dir, self._pause, self._say)
         self._node_watch = context.watch
         prober = NodeProber(builder, step_controller, self._run_dir, context.watch)
-        self._spares = SparePool(placement.spares, builder, step_controller, self._run_dir, self._spare_failed)
+        self._spares = SparePool(
+            placement.spares, builder, step_controller, self._run_dir, self._spare_failed, len(placement.workers)
+        )
         self._failures = FailureHandler(
             placement, settings.max_restarts, self._spares, prober, self._run_dir, context.excluded
         )

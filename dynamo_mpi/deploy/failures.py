@@ -98,14 +98,17 @@ class FailureHandler:
         """Why the head node is lost; empty if it isn't."""
         return self.prober.lost.get(self.head, "")
 
-    def nearest_spares(self, node: str, domain: str = "") -> tuple[str, ...]:
+    def nearest_spares(self, worker: str, node: str, domain: str = "") -> tuple[str, ...]:
         """Return the spares that a worker can get, the best first.
 
         Args:
+            worker: the worker.
             node: those near it come first.
-            domain: before them, those of this NVLink domain, that of the worker's other nodes; empty if it isn't known.
+            domain: before them, those of this NVLink domain, that of the worker's other nodes; empty for the one that it had before.
         """
-        spares, domains = self.prober.order(self.spares.available, node), self.spares.domains
+        domain = domain or self.spares.domain_of(worker)
+        fitting = tuple(spare for spare in self.spares.available if self.spares.fits(spare, worker))
+        spares, domains = self.prober.order(fitting, node), self.spares.domains
         return tuple(sorted(spares, key=lambda spare: bool(domain) and domains.get(spare) != domain))
 
     def look_at_nodes(self) -> list[str]:
@@ -158,7 +161,7 @@ class FailureHandler:
         if self._has_questions(worker, found):
             asked = {node for case in self._cases.values() if case.inquiry is not None for node in case.inquiry.nodes}
             # those that are being made ready compute
-            nearest = self.nearest_spares(found.host, self.spares.domain_of(worker.name))
+            nearest = self.nearest_spares(worker.name, found.host)
             idle = [node for node in nearest if node in self.spares.ready and node not in asked]
             nodes = (*(node for node in worker.nodes if node not in found.unfit), *idle[: len(worker.nodes)])
             is_explained = self._is_explained(worker, found)
@@ -189,8 +192,8 @@ class FailureHandler:
         # a bad node is the cause, whichever node was blamed
         bad = next((each.node for each in health if each.problem and each.node in worker.nodes), event.host)
         event = replace(event, host=bad)
-        domain = (inquiry.domain_of(worker.nodes) if inquiry is not None else "") or self.spares.domain_of(worker.name)
-        spares = self.nearest_spares(bad, domain)
+        domain = inquiry.domain_of(worker.nodes) if inquiry is not None else ""
+        spares = self.nearest_spares(worker.name, bad, domain)
         case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced
@@ -259,7 +262,7 @@ class FailureHandler:
         """Return whether a lost node is all there is to find out: nothing is known against the worker's other nodes and the spares that
         would be used, and no NVLink domain is to be kept. The next start looks at the GPUs of both, and waits for their memory."""
         gone = {node for node in worker.nodes if self.prober.is_known_lost(node, found.suspects)}
-        used = self.nearest_spares(found.host)[: len(gone)]
+        used = self.nearest_spares(worker.name, found.host)[: len(gone)]
         return (
             found.host in gone
             and not found.unfit

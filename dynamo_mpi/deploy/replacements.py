@@ -141,7 +141,7 @@ class Replacements:
             return replace(request, reason=f"until {' or '.join(others)} serves")
         if self._failures.is_open(worker.name):
             return replace(request, reason=f"{worker.name} has just failed")
-        spares = self._failures.nearest_spares(request.node)
+        spares = self._failures.nearest_spares(worker.name, request.node)
         reasons = {request.node: REASON}
         if spares:
             move = MoveToSpare(((request.node, spares[0]),), 0.0, reasons)

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.node_facts import NodeFacts
 from dynamo_mpi.checks.node_probe import domain_of_facts
@@ -20,19 +20,32 @@ from dynamo_mpi.common.own_files import read_own, remove_own
 from dynamo_mpi.deploy.step_commands import SPARES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from dynamo_mpi.checks.spare_rules import Comparison
+    from collections.abc import Collection, Mapping
 
 LOOK_SECONDS = 2.0
+_MOST_SHOWN = 3
 
 
-class _Worker(NamedTuple):
-    """A worker's start that serves, or has served.
+class Judgement(NamedTuple):
+    """How a spare compares with the workers that have served.
 
     Args:
-        mark: changes with its ready file.
-        facts: of its rank 0's node.
+        problems: by worker, why it can't use the spare.
+        notes: what a worker's preflight would warn of.
+        is_old: whether a worker has started since the spare's check.
+    """
+
+    problems: Mapping[str, str]
+    notes: tuple[str, ...]
+    is_old: bool
+
+
+class _Seen(NamedTuple):
+    """What a file says about a node.
+
+    Args:
+        mark: changes with the file: its time, and its number.
+        facts: the node's.
     """
 
     mark: tuple[int, int]
@@ -48,17 +61,19 @@ class SpareComparer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._spares: dict[str, NodeFacts] = {}
-        self._workers: dict[str, _Worker] = {}
+        self._spares: dict[str, _Seen] = {}
+        self._workers: dict[str, _Seen] = {}
         # with which starts of workers each spare was compared
         self._compared: dict[str, dict[str, tuple[int, int]]] = {}
         self._looked_at = float("-inf")
 
     def forget(self, node: str) -> None:
-        """Remove what an earlier deployment in the folder has left of a node."""
+        """Remove what an earlier check has written of a spare."""
         remove_own(self._file(node))
+        self._spares.pop(node, None)
+        self._compared.pop(node, None)
 
-    def look(self, nodes: Collection[str]) -> dict[str, Comparison]:
+    def look(self, nodes: Collection[str]) -> dict[str, Judgement]:
         """Compare those of which, or of whose workers, something new is known; return the results by node.
 
         Args:
@@ -68,53 +83,63 @@ class SpareComparer:
             return {}
         self._looked_at = time.monotonic()
         self._read_workers()
-        found: dict[str, Comparison] = {}
+        found: dict[str, Judgement] = {}
         for node in nodes:
-            if node not in self._spares and (facts := _facts(_read(self._file(node)))) is not None:
-                self._spares[node] = facts
-            if node in self._spares and (comparison := self._compare(node)) is not None:
-                found[node] = comparison
+            if node not in self._spares and (seen := _read(self._file(node))) is not None:
+                self._spares[node] = seen
+            if node in self._spares and (judgement := self._judge(node)) is not None:
+                found[node] = judgement
         return found
 
     def domain_of(self, worker: str) -> str:
         """Return the NVLink domain of a worker's GPUs, on the node of its rank 0; empty if there is none, or it isn't known."""
-        facts = self._workers.get(worker)
-        return "" if facts is None else domain_of_facts(facts.facts.gpus.visible_gpus)
+        seen = self._workers.get(worker)
+        return "" if seen is None else domain_of_facts(seen.facts.gpus.visible_gpus)
 
-    def _compare(self, node: str) -> Comparison | None:
-        from dynamo_mpi.checks.spare_rules import Comparison, compare
+    def _judge(self, node: str) -> Judgement | None:
+        from dynamo_mpi.checks.spare_rules import compare
 
         starts = {name: worker.mark for name, worker in self._workers.items()}
         if self._compared.get(node, {}) == starts:
             return None
         self._compared[node] = starts
-        found = [compare(worker.facts, self._spares[node]) for worker in self._workers.values()]
-        problems, notes = (tuple(dict.fromkeys(text for one in found for text in one[at])) for at in (0, 1))
-        return Comparison(problems, notes)
+        mark, spare = self._spares[node]
+        # of a file that was changed meanwhile, a worker that hasn't started since will read what others have by now
+        files: dict[str, str] = {}
+        for seen in sorted(self._workers.values(), key=lambda seen: seen.mark):
+            files |= seen.facts.files
+        problems: dict[str, str] = {}
+        notes: list[str] = []
+        for name, (_, facts) in self._workers.items():
+            found = compare(facts._replace(files={path: files[path] for path in facts.files}), spare)
+            notes += found.notes
+            if found.problems:
+                problems[name] = "; ".join(found.problems[:_MOST_SHOWN])
+        return Judgement(problems, tuple(dict.fromkeys(notes)), max(starts.values()) >= mark)
 
     def _read_workers(self) -> None:
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._folder / "ready"):
-                status = entry.stat(follow_symlinks=False)
-                name, mark = entry.name.removesuffix(".json"), (status.st_ino, status.st_mtime_ns)
+                name, dot, end = entry.name.rpartition(".")
                 known = self._workers.get(name)
-                if entry.name.startswith(".") or (known is not None and known.mark == mark):
+                # others are being written
+                if not name or dot + end != ".json" or (known is not None and known.mark == _mark(entry)):
                     continue
-                if (facts := _facts(_read(Path(entry.path)).get("node"))) is not None:
-                    self._workers[name] = _Worker(mark, facts)
+                if (seen := _read(Path(entry.path), "node")) is not None:
+                    self._workers[name] = seen
 
     def _file(self, node: str) -> Path:
         return self._folder / SPARES / f"{node}.json"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(read_own(path))
-        return content if isinstance(content, dict) else {}
-    return {}
+def _mark(path: os.PathLike[str]) -> tuple[int, int]:
+    status = os.stat(path, follow_symlinks=False)
+    return status.st_mtime_ns, status.st_ino
 
 
-def _facts(content: Any) -> NodeFacts | None:
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        return NodeFacts.of(content)
+def _read(path: Path, member: str = "") -> _Seen | None:
+    """Read a file, or a member of it; None if it isn't there, or is something else."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+        mark, content = _mark(path), json.loads(read_own(path))
+        return _Seen(mark, NodeFacts.of(content[member] if member else content))
     return None

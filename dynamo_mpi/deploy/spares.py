@@ -2,8 +2,8 @@
 """Spare nodes: made ready in the background while the deployment runs, so that a worker's start there takes no longer than in place.
 
 Each spare gets steps of its own, one after the other: the check of its hardware, its software and the model's files, which in a container
-also unpacks the image there; then the copy of the model. A spare that fails the check is left out, as is one that differs from a worker that
-serves. The copy is tried twice; without one the spare is used all the same.
+also unpacks the image there; then the copy of the model. A spare that fails the check is left out, as is one that differs from all workers;
+one that differs from some serves the others. The copy is tried twice; without one the spare is used all the same.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class SparePool:
         step_controller: ends a step that a worker's start overtakes.
         run_dir: the deployment's folder.
         failed: called with a spare's name and the reason when it fails.
+        workers: number of workers of the deployment.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SparePool:
         step_controller: StepController,
         run_dir: RunDir,
         failed: Callable[[str, str], None],
+        workers: int = 0,
     ) -> None:
         self._spares = {node: Spare(node) for node in nodes}
         self._builder, self._step_controller, self._run_dir, self._failed = builder, step_controller, run_dir, failed
@@ -75,7 +77,9 @@ class SparePool:
         self._running: dict[str, Step] = {}
         self._checked: set[str] = set()
         self._notes: dict[str, str] = {}
-        self._comparer = SpareComparer(run_dir.path)
+        self._comparer, self._workers = SpareComparer(run_dir.path), workers
+        # by spare, workers that can't use it, with the reason
+        self._unfit: dict[str, Mapping[str, str]] = {}
         self.domains: dict[str, str] = {}
         """By node, the NVLink domain that its GPUs share with other nodes' ones; empty for none."""
 
@@ -93,9 +97,21 @@ class SparePool:
             if spare.state == PREPARING:
                 self._poll(spare.node)
         for node, found in self._comparer.look(self._checked.intersection(self.available)).items():
-            if found.problems:
-                self.fail(node, "; ".join(found.problems[:_MOST_SHOWN]))
-            self._notes[node] = "; ".join(found.notes[:_MOST_SHOWN])
+            if found.problems and found.is_old:
+                self._check_again(node)
+                continue
+            self._unfit[node] = found.problems
+            if self._workers and len(found.problems) == self._workers:
+                self.fail(node, next(iter(found.problems.values())))
+            unfit = (f"not for {worker}: {why}" for worker, why in found.problems.items())
+            self._notes[node] = "; ".join([*unfit, *found.notes][:_MOST_SHOWN])
+
+    def _check_again(self, node: str) -> None:
+        """Check a spare once more: a worker has started since, maybe with files that have been changed for all."""
+        self._comparer.forget(node)
+        self._checked.discard(node)
+        self._left[node] = [*self._builder.prepare(node)[:1], *self._left.get(node, [])]
+        self._set(node, PREPARING, self._spares[node].reason)
 
     def _poll(self, node: str) -> None:
         step = self._running.get(node)
@@ -131,6 +147,10 @@ class SparePool:
             replace(spare, reason="; ".join(filter(None, (spare.reason, notes.get(node)))))
             for node, spare in self._spares.items()
         )
+
+    def fits(self, node: str, worker: str) -> bool:
+        """Return whether nothing is known that would keep a worker from starting on a spare."""
+        return worker not in self._unfit.get(node, {})
 
     def domain_of(self, worker: str) -> str:
         """Return the NVLink domain of a worker, as its last start that served has reported it; empty for none."""

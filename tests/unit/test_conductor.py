@@ -516,18 +516,34 @@ def test_a_spare_that_is_bad_itself_is_passed_over(run: Run, tmp_path: Path) -> 
     assert [one["node"] for one in content_of(tmp_path / "run" / "excluded.json")["nodes"]] == ["s1", "n"]
 
 
-def test_a_spare_that_differs_from_a_worker_that_serves_is_left_out_before_it_is_needed(
+def facts_of(host: str, **engine_configs: str) -> NodeFacts:
+    files = {"/model/config.json": "c", **{f"/{name}.yaml": digest for name, digest in engine_configs.items()}}
+    return NodeFacts(host, "1.0", "cpython 3.12", "/model", 1, "w", files)
+
+
+def serving_as(facts: NodeFacts, folder: Path) -> str:
+    """Return the part of a script that writes a ready file with a node's facts."""
+    path = folder / f"ready-{facts.host}.json"
+    path.write_text(json.dumps({"node": facts._asdict()}))
+    return f'cp {path} "$READY.new"; mv "$READY.new" "$READY"'
+
+
+def checked_as(*spares: NodeFacts, folder: Path) -> str:
+    """Return the script of a spare's check that finds these facts."""
+    for facts in spares:
+        (folder / f"spare-{facts.host}.json").write_text(json.dumps(facts._asdict()))
+    written = f"{folder}/run/spares"
+    copy = f"cp {folder}/spare-$NODE.json {written}/$NODE.new; mv {written}/$NODE.new {written}/$NODE.json"
+    return f"umask 077; echo >> {folder}/checks-$NODE; mkdir -p {written}; {copy}; {WELL}"
+
+
+def test_a_spare_that_differs_from_all_workers_is_left_out_before_it_is_needed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spare_checks, "LOOK_SECONDS", 0.05)
     folder, states = tmp_path / "run", list[dict[str, str]]()
-    node = NodeFacts("m", "1.0", "cpython 3.12", "/model", 1, "w", {"/model/config.json": "c"})
-    (tmp_path / "ready.json").write_text(json.dumps({"node": node._asdict()}))
-    other = node._replace(host="s1", files={"/model/config.json": "other"})
-    for name, facts in (("s1", other), ("s2", node)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(facts._asdict()))
-    serve = f'cp {tmp_path}/ready.json "$READY.new"; mv "$READY.new" "$READY"; {WAIT}'
-    write = f"umask 077; mkdir -p {folder}/spares; cp {tmp_path}/$NODE.json {folder}/spares/$NODE.json; {WELL}"
+    other = facts_of("s1")._replace(version="0.9")
+    serves = f"{serving_as(facts_of('m'), tmp_path)}; {WAIT}"
 
     def look() -> None:
         while not states or "preparing" in states[-1].values():
@@ -535,15 +551,34 @@ def test_a_spare_that_differs_from_a_worker_that_serves_is_left_out_before_it_is
             states.append({spare["node"]: spare["state"] for spare in spares})
         os.kill(os.getpid(), signal.SIGTERM)
 
-    why = "P3: /model/config.json differs from that on m"
+    why = "P4: dynamo_mpi 0.9, on m 1.0"
     left_out = f"warning: the spare node s1 is left out: {why}"
-    code, said = run(
-        left_out, look, 3, workers=APART, spares=("s1", "s2"), prefill=serve, decode=SERVE, prepare_script=write
-    )
+    prepare = checked_as(other, facts_of("s2"), folder=tmp_path)
+    more = {"prefill": serves, "decode": serves, "prepare_script": prepare}
+    code, said = run(left_out, look, 3, workers=APART, spares=("s1", "s2"), **more)
     assert (code, left_out in said) == (143, True), said
     assert states[-1]["s2"] == "ready"
     (left,) = content_of(folder / "excluded.json")["nodes"]
     assert (left["node"], left["reason"]) == ("s1", why)
+    # not more often than workers have started
+    assert 1 <= len((tmp_path / "checks-s1").read_text()) <= 3
+
+
+def test_a_spare_that_differs_from_one_worker_is_not_used_for_that_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare_checks, "LOOK_SECONDS", 0.05)
+    prefill, decode = facts_of("m", prefill="p"), facts_of("n", decode="d")
+    known = "until grep -q 'not for decode-0: P2: /decode.yaml differs' deployment.json; do sleep 0.1; done"
+    fails = f'{serving_as(decode, tmp_path)}; if [ "$NODES" = n ]; then {known}; exit 137; else {WAIT}; fi'
+    spares = facts_of("s1", prefill="p", decode="other"), facts_of("s2", prefill="p", decode="d")
+    scripts = {"prefill": f"{serving_as(prefill, tmp_path)}; {WAIT}", "decode": fails}
+    prepare = checked_as(*spares, folder=tmp_path)
+    probe = f'if [ "$NODE" = n ]; then {SICK}; else {WELL}; fi'
+    more = {**scripts, "prepare_script": prepare, "probe_script": probe}
+    code, said = run(AGAIN, raise_signal(signal.SIGTERM), 3, workers=APART, spares=("s1", "s2"), **more)
+    assert (code, "s2 takes its place" in said) == (143, True), said
+    assert "s1 is left out" not in said
 
 
 @pytest.mark.parametrize(("failures", "reason"), [(1, ""), (2, "no copy of the model there: stage-s1 ended with exit")])

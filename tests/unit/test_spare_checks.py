@@ -216,7 +216,8 @@ def test_spares_are_compared_with_each_start_once(tmp_path: Path, monkeypatch: p
     assert comparer.look(["n5"]) == {}
     assert (comparer.domain_of("decode-0"), comparer.domain_of("prefill-0")) == ("7f.1", "")
     write(tmp_path / SPARES / "n5.json", facts("n5", HOST._replace(shm_free=0))._asdict())
-    assert [note[:3] for note in comparer.look(["n5"])["n5"].notes] == ["V3:"]
+    found = comparer.look(["n5"])["n5"]
+    assert ([note[:3] for note in found.notes], found.problems, found.is_old) == (["V3:"], {}, False)
     assert comparer.look(["n5"]) == {}
     # an older worker's, or anything else
     others: list[object] = [{}, {"node": None}, {"node": {"host": "n1"}}, []]
@@ -224,8 +225,27 @@ def test_spares_are_compared_with_each_start_once(tmp_path: Path, monkeypatch: p
         write(tmp_path / "ready" / "prefill-0.json", content)
         assert comparer.look(["n5"]) == {}
     write(tmp_path / "ready" / "prefill-0.json", {"node": facts("n2", version="2.0")._asdict()})
-    assert comparer.look(["n5"])["n5"].problems == ("P4: dynamo_mpi 1.0, on n2 2.0",)
+    found = comparer.look(["n5"])["n5"]
+    assert (found.problems, found.is_old) == ({"prefill-0": "P4: dynamo_mpi 1.0, on n2 2.0"}, True)
     # what has served once is known from then on
     (tmp_path / "ready" / "decode-0.json").unlink()
     assert comparer.look(["n5"]) == {}
     assert comparer.domain_of("decode-0") == "7f.1"
+
+
+def test_a_file_that_was_changed_for_all_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_checks, "LOOK_SECONDS", 0.0)
+    tmp_path.chmod(0o700)
+    changed = {CONFIG: "c", ENGINE: "new"}
+    comparer = SpareComparer(tmp_path)
+    write(tmp_path / "ready" / "decode-0.json", {"node": facts("n1")._asdict()})
+    write(tmp_path / SPARES / "n5.json", facts("n5")._asdict())
+    assert comparer.look(["n5"])["n5"].problems == {}
+    # another one starts with the new file; the spare was checked before
+    write(tmp_path / "ready" / "decode-1.json", {"node": facts("n2", files=changed)._asdict()})
+    found = comparer.look(["n5"])["n5"]
+    assert (set(found.problems), found.is_old) == ({"decode-0", "decode-1"}, True)
+    comparer.forget("n5")
+    assert comparer.look(["n5"]) == {}
+    write(tmp_path / SPARES / "n5.json", facts("n5", files=changed)._asdict())
+    assert comparer.look(["n5"])["n5"] == ({}, (), False)
