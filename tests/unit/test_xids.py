@@ -18,7 +18,7 @@ from dynamo_mpi.deploy.blame import Evidence, RankReport, blame
 from dynamo_mpi.supervisor.agent_failures import Report, with_gpu_errors
 from dynamo_mpi.supervisor.xid_watch import XidWatch
 
-from .test_probe_gpu import describe, nvml  # noqa: F401 - fixtures
+from .test_gpu_health import describe, nvml  # noqa: F401 - fixtures
 
 NODES = ("n3", "n4")
 LOST = GpuError(79, 3, "GPU-3", "n4", -0.4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe of etcd and NATS: against real servers, and against everything that can stand in their place."""
+"""The check of etcd and NATS: against real servers, and against everything that can stand in their place."""
 
 from __future__ import annotations
 

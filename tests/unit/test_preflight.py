@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's side of the preflight: reading the files, and judging what the world answered."""
+"""Rank 0's side of the preflight: reading the files, and evaluating what the ranks answered."""
 
 from __future__ import annotations
 

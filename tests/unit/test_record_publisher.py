@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker says of itself before, while and without being in a real etcd."""
+"""What a worker publishes of itself before, while and without being in a real etcd."""
 
 from __future__ import annotations
 

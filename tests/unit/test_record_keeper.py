@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keeper of the worker record against real etcds that go, come back empty, and hang."""
+"""What keeps the worker record, against real etcds that go, come back empty, and hang."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU probe: what is read of a GPU, over a stand-in for nvidia-ml-py, the wait for memory, the rules, and what is probed at all."""
+"""The GPU check: what is read of a GPU, over a stand-in for nvidia-ml-py, the wait for memory, the rules, and what is probed at all."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof: one real completion before the worker is visible to anyone."""
+"""The first completion: a real one before the worker is visible to anyone."""
 
 from __future__ import annotations
 

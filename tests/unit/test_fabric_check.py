@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fabric probe without a fabric: its steps, its messages, what becomes of ranks' words, who is blamed, and the rules."""
+"""The fabric check without a fabric: its steps, its messages, what becomes of ranks' words, who is blamed, and the rules."""
 
 from __future__ import annotations
 

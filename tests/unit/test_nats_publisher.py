@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line to NATS, against real servers that come late, go, come back and hang."""
+"""The publisher to NATS, against real servers that come late, go, come back and hang."""
 
 from __future__ import annotations
 

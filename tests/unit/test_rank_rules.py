@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over all ranks' cards."""
+"""Rules over all ranks' reports."""
 
 from __future__ import annotations
 

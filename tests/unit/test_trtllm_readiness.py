@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the prover finds the worker among others, and what it asks."""
+"""How the readiness check finds the worker among others, and what it asks."""
 
 from __future__ import annotations
 

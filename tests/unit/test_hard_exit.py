@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end that nothing in the process can hold up."""
+"""The exit that nothing in the process can hold up."""
 
 from __future__ import annotations
 
