@@ -104,11 +104,11 @@ class Deployment:
         ours = (line for line in lines if line and "tests.slurm.cluster.inside" not in line)
         return [line for line in ours if Path(line[0]).name.startswith(names)]
 
-    def assert_ended_in_order(self) -> None:
-        """Assert that no step was cancelled, and that nothing is left but logs, timelines and how it ended."""
+    def assert_ended_in_order(self, *also: str) -> None:
+        """Assert that no step was cancelled, and that nothing is left but logs, timelines, how it ended, and ``also``."""
         assert "cancelling" not in self.text()
         assert self.left() == []
-        kept = {"ended.json", "lock", "logs", "ready", "services", "timeline"}
+        kept = {"ended.json", "lock", "logs", "ready", "services", "timeline", *also}
         assert {path.name for path in self.run_dir.iterdir()} == kept
         assert not list((self.run_dir / "ready").iterdir())
 
