@@ -21,6 +21,8 @@ ORDER = (PROCESS_START, *PHASES)
 _NOT_STARTUP = ORDER[ORDER.index("serve") :]
 # ranks begin their first phase independently
 _TOGETHER = PHASES[1:]
+# one rank of each node copies, and its others wait for it
+_BY_NODE = "stage"
 _NAMED_SHARE = 0.1
 _MAX_NAMED = 2
 _ALIKE_SECONDS, _ALIKE_SHARE = 0.05, 0.02
@@ -35,7 +37,7 @@ class PhaseSummary(NamedTuple):
 
     Args:
         phase: its name.
-        ranks: how many ranks have been in it.
+        ranks: how many ranks have been in it; of what one rank of a node does for the others, how many nodes.
         begin: when the first rank began it.
         end: when the last rank ended it.
         min: the shortest own part of a rank; if no rank reported its own part, the shortest whole phase.
@@ -84,7 +86,8 @@ def summarize_phases(rows: Iterable[Row]) -> tuple[PhaseSummary, ...]:
     return tuple(_summarize(phase, found[phase]) for phase in (*known, *(name for name in found if name not in ORDER)))
 
 
-def _summarize(phase: str, parts: Sequence[tuple[Row, Bar]]) -> PhaseSummary:
+def _summarize(phase: str, every: Sequence[tuple[Row, Bar]]) -> PhaseSummary:
+    parts = _longest_of_each_node(every) if phase == _BY_NODE else every
     owns = [bar.own for _, bar in parts]
     # without reported own parts all ranks end a common phase together, after the last one has begun it
     by_arrival = phase in _TOGETHER and not any(bar.reported for _, bar in parts)
@@ -94,17 +97,25 @@ def _summarize(phase: str, parts: Sequence[tuple[Row, Bar]]) -> PhaseSummary:
     return PhaseSummary(
         phase,
         len({row.rank for row, _ in parts}),
-        min(bar.begin for _, bar in parts),
-        max(bar.end for _, bar in parts),
+        min(bar.begin for _, bar in every),
+        max(bar.end for _, bar in every),
         min(owns),
         median(owns),
         max(owns),
         row.rank,
         row.host,
         lateness[latest] - median(lateness),
-        any(bar.open and not bar.reported for _, bar in parts),
+        any(bar.open and not bar.reported for _, bar in every),
         by_arrival,
     )
+
+
+def _longest_of_each_node(parts: Sequence[tuple[Row, Bar]]) -> list[tuple[Row, Bar]]:
+    longest: dict[str, tuple[Row, Bar]] = {}
+    for row, bar in parts:
+        if row.host not in longest or bar.own > longest[row.host][1].own:
+            longest[row.host] = row, bar
+    return list(longest.values())
 
 
 class Scale(NamedTuple):

@@ -153,6 +153,17 @@ def test_of_what_ranks_do_together_the_last_to_come_is_named() -> None:
     assert words_of(start)[0] == "mpi_init took 10.0 s; rank 2 on n2 came to it last, 5.90 s after the median"
 
 
+def test_of_staging_nodes_are_compared_as_one_rank_of_each_copies() -> None:
+    def staged(first: float, second: float) -> str:
+        whole = max(first, second) + 0.1
+        parts = (first, 0.0, 0.002, second, 0.0, 0.001)
+        ranks = tuple(RankTimings(n, f"n{n // 3}", BEGAN, (Span("stage", 5.0, p, whole),)) for n, p in enumerate(parts))
+        return words_of(replace(start_of(6, 3), ranks=ranks, written=BEGAN + 30, ready=BEGAN + 30))[0]
+
+    assert staged(19.1, 19.0) == "stage took 19.2 s; the ranks were about equally fast"
+    assert staged(19.0, 9.0) == "stage took 19.1 s; rank 0 on n0 was the slowest, 5.00 s after the median"
+
+
 def test_ranks_that_are_alike_are_not_blamed() -> None:
     start = start_of(4, slow=99, load=1.0)
     even = tuple(rank._replace(spans=tuple(s._replace(local=None) for s in rank.spans)) for rank in start.ranks)
