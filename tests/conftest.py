@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -257,15 +258,33 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of one layer with random weights as a model folder: a step takes a millisecond."""
+def make_llama(factory: pytest.TempPathFactory, name: str, **sizes: int) -> Path:
+    """Return the model folder of a llama with random weights, made once for all processes of a run."""
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
     from tests.tiny_llama import write_tiny_gguf
 
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_gguf(find_default_gguf(), folder / "tiny.gguf")
-    return export_model(folder / "tiny.gguf", folder / "model")
+    base = factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            folder = factory.mktemp(name)
+            write_tiny_gguf(find_default_gguf(), folder / f"{name}.gguf", **sizes)
+            export_model(folder / f"{name}.gguf", folder / name)
+            (folder / name).rename(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer with random weights as a model folder: a step takes a millisecond."""
+    return make_llama(tmp_path_factory, "tiny")
+
+
+@pytest.fixture(scope="session")
+def small_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder for workers that are asked nothing: like `model_dir` it goes with three ranks or stages, but it loads at once."""
+    return make_llama(tmp_path_factory, "small", layers=3, heads=3)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 96, 128, 6, 3
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 96, 192, 6, 3
 
 
 def write_tiny_gguf(

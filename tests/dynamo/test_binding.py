@@ -92,13 +92,13 @@ def kernel_has_numa() -> bool:
 
 
 def test_ranks_and_child_run_next_to_their_gpus(
-    tmp_path: Path, etcd: EtcdServer, model_dir: Path, machine: tuple[str, ...]
+    tmp_path: Path, etcd: EtcdServer, small_model_dir: Path, machine: tuple[str, ...]
 ) -> None:
     flags = [flag for flag in FLAGS if flag != "--allow-no-gpu"]
     worker = RunningWorker(
         tmp_path,
         etcd,
-        model_dir,
+        small_model_dir,
         RANKS,
         *flags,
         "--probe",
@@ -130,14 +130,14 @@ def test_ranks_and_child_run_next_to_their_gpus(
 
 
 def test_what_mpirun_has_bound_stays_and_is_a_warning(
-    tmp_path: Path, mpirun: Mpirun, model_dir: Path, machine: tuple[str, ...]
+    tmp_path: Path, mpirun: Mpirun, small_model_dir: Path, machine: tuple[str, ...]
 ) -> None:
     # rank 1 gets the CPU of rank 0's GPU, and the reverse
     words = [
         "-m",
         "dynamo_mpi.worker",
         "--model",
-        str(model_dir),
+        str(small_model_dir),
         *STAGES,
         *FLAGS[:2],
         "--preflight-only",

@@ -22,7 +22,7 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path, temporary: Path) -> Iterator[Start]:
     """Start TensorRT-LLM's workers with one archive folder."""
     usual = {
         # other tests set it, to keep out of the home directory
@@ -30,7 +30,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
         "DYN_MPI_CACHE": str(tmp_path / "shared"),
         "STANDIN_TRTLLM_KERNELS": str(KERNELS),
     }
-    with worker_starter(tmp_path, etcd, model_dir, temporary, **usual) as begin:
+    with worker_starter(tmp_path, etcd, small_model_dir, temporary, **usual) as begin:
         yield partial(begin, engine="trtllm")
 
 
@@ -229,9 +229,9 @@ def test_a_killed_rank_leaves_nothing_on_its_node(temporary: Path, start: Start,
         time.sleep(0.1)
 
 
-def test_the_reference_engine_has_none(start: Start, tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
+def test_the_reference_engine_has_none(start: Start, tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> None:
     words = ("--engine", "reference", "--tensor-parallel-size", "3", "--cache", str(tmp_path / "shared"))
-    worker = RunningWorker(tmp_path, etcd, model_dir, RANKS, *words, name="reference")
+    worker = RunningWorker(tmp_path, etcd, small_model_dir, RANKS, *words, name="reference")
     try:
         worker.ready()
         assert "--cache (DYN_MPI_CACHE) has no effect: the reference engine compiles nothing" in worker.text()

@@ -21,14 +21,22 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> Iterator[Start]:
     workers: list[RunningWorker] = []
 
     def begin(**variables: str) -> RunningWorker:
         usual = {"OMP_NUM_THREADS": "1", "PRTE_MCA_hwloc_default_binding_policy": "none", "DYN_MPI_LAUNCH": "x-0"}
         workers.append(
             RunningWorker(
-                tmp_path, etcd, model_dir, 3, "--engine", "reference", name=f"w{len(workers)}", **usual, **variables
+                tmp_path,
+                etcd,
+                small_model_dir,
+                3,
+                "--engine",
+                "reference",
+                name=f"w{len(workers)}",
+                **usual,
+                **variables,
             )
         )
         return workers[-1]

@@ -23,10 +23,10 @@ HEARTBEAT = 2.0
     ids=["kill", "stop"],
 )
 def test_its_end_is_reported_and_it_leaves_discovery_at_once(
-    tmp_path: Path, etcd: EtcdServer, model_dir: Path, number: signal.Signals, noticed_after: float, said: str
+    tmp_path: Path, etcd: EtcdServer, small_model_dir: Path, number: signal.Signals, noticed_after: float, said: str
 ) -> None:
     flags = ("--heartbeat-timeout", str(HEARTBEAT), "--failure-dir", str(tmp_path / "failures"))
-    worker = RunningWorker(tmp_path, etcd, model_dir, 1, *flags)
+    worker = RunningWorker(tmp_path, etcd, small_model_dir, 1, *flags)
     try:
         worker.ready()
         assert etcd.keys("v1/instances/")
@@ -45,8 +45,8 @@ def test_its_end_is_reported_and_it_leaves_discovery_at_once(
         worker.stop()
 
 
-def test_an_orderly_end_is_none_of_its_business(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
-    worker = RunningWorker(tmp_path, etcd, model_dir, 1, "--failure-dir", str(tmp_path / "failures"))
+def test_an_orderly_end_is_none_of_its_business(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> None:
+    worker = RunningWorker(tmp_path, etcd, small_model_dir, 1, "--failure-dir", str(tmp_path / "failures"))
     try:
         os.kill(int(worker.ready()["pid"]), signal.SIGTERM)
         assert worker.wait() == 0, worker.text()

@@ -27,14 +27,14 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> Iterator[Start]:
     """Start a worker of three ranks with a folder for failures; what is left of it is killed."""
     workers: list[RunningWorker] = []
 
     def begin(**environment: str) -> RunningWorker:
         marked = {"MARK": str(tmp_path), **environment}
         flags = ("--failure-dir", str(tmp_path / "failures"))
-        workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *flags, **marked))
+        workers.append(RunningWorker(tmp_path, etcd, small_model_dir, 3, *flags, **marked))
         workers[-1].ready()
         return workers[-1]
 

@@ -46,12 +46,12 @@ class Case(NamedTuple):
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> Iterator[Start]:
     """Start workers of three ranks; what is left of them is killed."""
     workers: list[RunningWorker] = []
 
-    def begin(*flags: str, **environment: str) -> RunningWorker:
-        workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *flags, **environment))
+    def begin(*flags: str, model: Path = small_model_dir, **environment: str) -> RunningWorker:
+        workers.append(RunningWorker(tmp_path, etcd, model, 3, *flags, **environment))
         return workers[-1]
 
     yield begin
@@ -121,7 +121,7 @@ DRAINING = [
 def test_a_second_one_while_it_drains_ends_it_now(
     case: Case, start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
 ) -> None:
-    worker = start("--drain-timeout", "600")
+    worker = start("--drain-timeout", "600", model=model_dir)
     worker.ready()
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
@@ -220,13 +220,13 @@ GRACE_SECONDS = 10.0  # of docker stop
 @pytest.mark.landing("worker-0", "mpirun-1")
 @pytest.mark.parametrize(("what", "code"), [("worker", 0), ("mpirun", 1), ("local", of_signal(TERM))])
 def test_a_container_stops_within_its_grace(
-    what: str, code: int, etcd: EtcdServer, tmp_path: Path, model_dir: Path
+    what: str, code: int, etcd: EtcdServer, tmp_path: Path, small_model_dir: Path
 ) -> None:
     """SIGTERM to PID 1, which is what is started: a lone rank, mpirun with its ranks, or all of a deployment."""
     if os.geteuid() or subprocess.run([*CONTAINER, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespaces here: needs root")
     ranks = {"worker": 1, "mpirun": 3}.get(what, 0)
-    rank = ("-m", "dynamo_mpi.worker", "--model", str(model_dir), "--tensor-parallel-size", str(ranks))
+    rank = ("-m", "dynamo_mpi.worker", "--model", str(small_model_dir), "--tensor-parallel-size", str(ranks))
     words = {
         "worker": (sys.executable, *rank),
         "mpirun": (find_mpirun(), "-n", str(ranks), sys.executable, *rank),

@@ -30,17 +30,17 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path) -> Iterator[Start]:
     """Start workers of one kind or the other; what is left of them is killed."""
     workers: list[RunningWorker] = []
 
-    def begin(kind: str, *flags: str, **environment: str) -> RunningWorker:
+    def begin(kind: str, *flags: str, model: Path = small_model_dir, **environment: str) -> RunningWorker:
         if kind == "trtllm":
             paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         words = (*CONTEXT, *(TRTLLM if kind == "trtllm" else ()), "--drain-timeout", str(DRAIN), *flags)
         environment |= {"OMP_NUM_THREADS": "1"}
-        workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *words, name=kind, **environment))
+        workers.append(RunningWorker(tmp_path, etcd, model, 3, *words, name=kind, **environment))
         return workers[-1]
 
     yield begin
@@ -73,10 +73,10 @@ def test_a_signal_that_time_is_nearly_up_comes_to_all_ranks_and_more_than_once(
     start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
 ) -> None:
     # too short from the start: a warning, and no end
-    late = start("reference", SLURM_JOB_END_TIME=str(int(time.time()) + 5))
+    late = start("reference", model=model_dir, SLURM_JOB_END_TIME=str(int(time.time()) + 5))
     late.ready()
     assert "warning: the job's time ends at " in late.text()
-    other = start("trtllm")
+    other = start("trtllm", model=model_dir)
     other.ready()
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")

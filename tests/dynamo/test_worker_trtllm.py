@@ -45,7 +45,7 @@ def temporary(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path, temporary: Path) -> Iterator[Start]:
     """Start TensorRT-LLM workers; what is left of them is killed, and of what they must not leave nothing is there."""
     workers: list[RunningWorker] = []
     paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
@@ -56,11 +56,13 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
         "TMPDIR": str(temporary),
     }
 
-    def begin(*flags: str, ranks: int = RANKS, has_gpus: bool = False, **environment: str) -> RunningWorker:
+    def begin(
+        *flags: str, ranks: int = RANKS, has_gpus: bool = False, model: Path = small_model_dir, **environment: str
+    ) -> RunningWorker:
         folder = tmp_path / f"worker-{len(workers)}"
         folder.mkdir()
         flags = (*(flag for flag in FLAGS if flag != "--allow-no-gpu" or not has_gpus), *flags)
-        workers.append(RunningWorker(folder, etcd, model_dir, ranks, *flags, **{**usual, **environment}))
+        workers.append(RunningWorker(folder, etcd, model, ranks, *flags, **{**usual, **environment}))
         return workers[-1]
 
     yield begin
@@ -122,7 +124,7 @@ def test_answers_drains_and_ends_with_zero(
     passed_on = ("--publish-kv-events", "--kv-block-size", "16")
     page = tmp_path / "start.html"
     flags = ("--timeline", str(page), "--progress-interval", "0.5", *passed_on)
-    worker = start(*flags, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
+    worker = start(*flags, model=model_dir, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
     ready = worker.ready()
     assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
     assert set(ready["phases"]) >= {"load", "warmup"}
@@ -216,9 +218,9 @@ def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, et
 
 def test_a_pair_answers_as_one_worker_does(start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path) -> None:
     transceiver = ("--trtllm.cache_transceiver_config.backend", "DEFAULT")
-    prefill = start("--role", "prefill", *transceiver)
+    prefill = start("--role", "prefill", *transceiver, model=model_dir)
     prefill.ready()
-    decode = start("--role", "decode", *transceiver, ranks=1)
+    decode = start("--role", "decode", *transceiver, ranks=1, model=model_dir)
     decode.ready()
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")

@@ -36,9 +36,9 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
+def start(tmp_path: Path, etcd: EtcdServer, small_model_dir: Path, temporary: Path) -> Iterator[Start]:
     """Start workers that transfer KV on this host."""
-    with worker_starter(tmp_path, etcd, model_dir, temporary) as begin:
+    with worker_starter(tmp_path, etcd, small_model_dir, temporary) as begin:
 
         def begin_role(role: str, *flags: str, engine: str = "reference", **more: Any) -> RunningWorker:
             own = KV_NETWORK if engine == "reference" else () if role == "agg" else TRANSCEIVER
@@ -59,13 +59,13 @@ def phases(etcd: EtcdServer) -> list[str | None]:
 @pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_it_is_there_from_the_preflight_to_the_end(
-    engine: str, etcd: EtcdServer, start: Start, model_dir: Path
+    engine: str, etcd: EtcdServer, start: Start, small_model_dir: Path
 ) -> None:
     worker = start("prefill", engine=engine, SLURM_JOB_ID="4711", SLURM_STEP_ID="2", DYN_MPI_LAUNCH="x-0")
     pid = worker.rank_zero()
     eventually(lambda: etcd.worlds()[0].phase == "serve", "it serves")
     (record,) = etcd.worlds()
-    assert (record.role, record.engine, record.model) == ("prefill", engine, model_dir.name)
+    assert (record.role, record.engine, record.model) == ("prefill", engine, small_model_dir.name)
     assert record.endpoint == "dyn://dynamo.prefill.generate"
     assert (record.pid, record.job, record.step) == (pid, "4711", "2")
     assert record.launch == "x-0"
@@ -73,7 +73,7 @@ def test_it_is_there_from_the_preflight_to_the_end(
     assert record.instance == instance
     assert record.layout.ranks == record.layout.tp_size * record.layout.pp_size
     assert record.contract is not None
-    assert record.contract.num_layers == 30
+    assert record.contract.num_layers == 3
     assert 0 < time.time() - record.started < 120
     assert record.phase_since is not None
     assert record.started < record.phase_since <= time.time()
@@ -220,8 +220,10 @@ def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, 
 
 @pytest.mark.landing("reference-")
 @pytest.mark.parametrize(("engine", "fault"), [("reference", ""), ("trtllm", "slow:60")])
-def test_a_signal_while_it_loads_takes_it_away(engine: str, fault: str, etcd: EtcdServer, start: Start) -> None:
-    worker = start("agg", engine=engine, STANDIN_TRTLLM_FAULT=fault)
+def test_a_signal_while_it_loads_takes_it_away(
+    engine: str, fault: str, etcd: EtcdServer, start: Start, model_dir: Path
+) -> None:
+    worker = start("agg", engine=engine, model=model_dir, STANDIN_TRTLLM_FAULT=fault)
     (record,) = eventually(etcd.worlds, "the record is there")
     os.kill(record.pid, signal.SIGTERM)
     assert worker.wait() == 143, worker.text()

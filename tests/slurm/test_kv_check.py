@@ -30,8 +30,8 @@ def deployments() -> Iterator[list[Deployment]]:
         deployment.stop()
 
 
-def begin(slurm: SlurmSession, folder: Path, model_dir: Path, started: list[Deployment]) -> Deployment:
-    variables = {**settings(slurm, model_dir, 2, 1, CONFIG), "DYN_MPI_KV_CHECK": "on"}
+def begin(slurm: SlurmSession, folder: Path, small_model_dir: Path, started: list[Deployment]) -> Deployment:
+    variables = {**settings(slurm, small_model_dir, 2, 1, CONFIG), "DYN_MPI_KV_CHECK": "on"}
     command = (str(ROOT / "scripts" / "srun_disaggregated.sh"), "--skip-check")
     one_each = {
         "NUM_PREFILL_NODES": "1",
@@ -44,9 +44,9 @@ def begin(slurm: SlurmSession, folder: Path, model_dir: Path, started: list[Depl
 
 
 def test_the_workers_start_after_a_check_of_all_pairs(
-    slurm: SlurmSession, tmp_path: Path, model_dir: Path, deployments: list[Deployment]
+    slurm: SlurmSession, tmp_path: Path, small_model_dir: Path, deployments: list[Deployment]
 ) -> None:
-    deployment = begin(slurm, tmp_path, model_dir, deployments)
+    deployment = begin(slurm, tmp_path, small_model_dir, deployments)
     deployment.wait_for_text("prefill-0: 1 rank on n1")
     said = deployment.text()
     place = said.index("dynamo_mpi: rank 0 on n1: kv check: 4 pairs, slowest ")
@@ -60,10 +60,10 @@ def test_the_workers_start_after_a_check_of_all_pairs(
 
 
 def test_a_pair_that_is_cut_refuses_the_start(
-    slurm: SlurmSession, tmp_path: Path, model_dir: Path, deployments: list[Deployment]
+    slurm: SlurmSession, tmp_path: Path, small_model_dir: Path, deployments: list[Deployment]
 ) -> None:
     with lossy_link(slurm, "n2", "n3", 1.0):
-        deployment = begin(slurm, tmp_path, model_dir, deployments)
+        deployment = begin(slurm, tmp_path, small_model_dir, deployments)
         try:
             code = deployment.wait(90)
         finally:

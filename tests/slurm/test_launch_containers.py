@@ -24,12 +24,12 @@ CONFIG = "/own/engine.yaml"
 
 
 @pytest.fixture
-def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Launch]:
+def launch(slurm: SlurmSession, tmp_path: Path, small_model_dir: Path) -> Iterator[Launch]:
     """Launch one aggregated worker of two ranks over two nodes, and end whatever is left of it."""
     started: list[Deployment] = []
 
     def begin(*words: str, nodes: int = 2, **environment: str) -> Deployment:
-        variables = settings(slurm, model_dir, 2, 1, CONFIG) | {"ENGINE_CONFIG": CONFIG, "NUM_NODES": "2"}
+        variables = settings(slurm, small_model_dir, 2, 1, CONFIG) | {"ENGINE_CONFIG": CONFIG, "NUM_NODES": "2"}
         (tmp_path / "engine.yaml").write_text("tensor_parallel_size: 1\npipeline_parallel_size: 2\n")
         variables["MOUNTS"] += f",{tmp_path}:/own"
         command = (str(ROOT / "scripts" / "srun_aggregated.sh"), *words)

@@ -38,13 +38,13 @@ def slurm(stack: Stack) -> SlurmSession:
 
 
 @pytest.fixture
-def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -> SlurmWorker:
+def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, small_model_dir: Path) -> SlurmWorker:
     """A worker that serves, a rank on each of three nodes."""
     config = tmp_path / "engine.yaml"
     config.write_text(THREE_BY_ONE.engine_config)
     # one start in some 30 wasn't ready in time: a start that hangs in MPI ends within that time then, with where each rank hangs
     limits = ("--heartbeat-timeout", str(HEARTBEAT), "--world-timeout", "40")
-    flags = ("--model", str(model_dir), "--engine-config", str(config), *limits)
+    flags = ("--model", str(small_model_dir), "--engine-config", str(config), *limits)
     started = SlurmWorker(
         slurm,
         tmp_path,

@@ -88,7 +88,7 @@ CASES = {
 
 
 @pytest.fixture
-def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Callable[..., SlurmWorker]]:
+def start(stack: Stack, tmp_path: Path, small_model_dir: Path) -> Iterator[Callable[..., SlurmWorker]]:
     """Start a worker with a rank on each of three nodes; whatever is left of it is ended."""
     workers: list[SlurmWorker] = []
 
@@ -97,7 +97,7 @@ def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Callable[..
         config.write_text(THREE_BY_ONE.engine_config)
         variables = {**stack.environment, **library(stack.slurm, "pmix"), **environment}
         srun = ("--mpi=pmix", *THREE_BY_ONE.options(stack.slurm), *options)
-        flags = ("--model", str(model_dir), "--engine-config", str(config))
+        flags = ("--model", str(small_model_dir), "--engine-config", str(config))
         workers.append(SlurmWorker(stack.slurm, tmp_path, srun, flags, variables))
         return workers[-1]
 

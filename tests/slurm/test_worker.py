@@ -52,14 +52,16 @@ def library(slurm: SlurmSession, plugin: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Start]:
+def start(stack: Stack, tmp_path: Path, small_model_dir: Path) -> Iterator[Start]:
     """Start a worker; whatever is left of it is ended."""
     workers: list[SlurmWorker] = []
 
-    def begin(layout: Layout, plugin: str, *options: str, **environment: str) -> SlurmWorker:
+    def begin(
+        layout: Layout, plugin: str, *options: str, model: Path = small_model_dir, **environment: str
+    ) -> SlurmWorker:
         config = tmp_path / "engine.yaml"
         config.write_text(layout.engine_config)
-        flags = ("--model", str(model_dir), "--engine-config", str(config))
+        flags = ("--model", str(model), "--engine-config", str(config))
         variables = {**stack.environment, **library(stack.slurm, plugin), **environment}
         srun = (f"--mpi={plugin}", *layout.options(stack.slurm), *options)
         workers.append(SlurmWorker(stack.slurm, tmp_path, srun, flags, variables))
@@ -79,7 +81,7 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
     # on a busy machine the tokens take longer than the drain's default limit; with this variable among those of MPICH's ranks, Slurm 22.05
     # refuses what they exchange over PMI2 (docs/troubleshooting.md, "mpi/pmi2: value not properly terminated")
     longer = {"DYN_MPI_DRAIN_TIMEOUT": "90"} if plugin == "pmix" else {}
-    worker = start(layout, plugin, "--label", **longer)
+    worker = start(layout, plugin, "--label", model=model_dir, **longer)
     ready = worker.ready()
     assert (ready["ranks"], ready["host"]) == (layout.nodes * layout.ranks_per_node, "n1")
     assert {node: len(pids) for node, pids in worker.ranks().items()} == dict.fromkeys(
