@@ -54,8 +54,15 @@ def failures(etcd: EtcdServer) -> list[FailureRecord]:
         client.close()
 
 
+def serving(etcd: EtcdServer, worker: RunningWorker) -> RunningWorker:
+    """Wait until it serves, which follows its ready file by milliseconds."""
+    worker.ready()
+    eventually(lambda: [world.phase for world in etcd.worlds()] == ["serve"], "it serves")
+    return worker
+
+
 def test_a_rank_that_is_killed_is_named_until_the_next_start_serves(etcd: EtcdServer, start: Start) -> None:
-    worker = start()
+    worker = serving(etcd, start())
     victim = worker.ranks()[1]
     (record,) = etcd.keys("dynamo_mpi/v1/worlds/")
     os.kill(victim, signal.SIGKILL)
@@ -77,8 +84,7 @@ def test_a_rank_that_is_killed_is_named_until_the_next_start_serves(etcd: EtcdSe
 
 
 def test_of_a_rank_0_that_is_killed_its_node_agent_writes_one(etcd: EtcdServer, start: Start) -> None:
-    worker = start()
-    worker.ready()
+    worker = serving(etcd, start())
     os.kill(worker.rank_zero(), signal.SIGKILL)
     assert worker.wait() != 0
     (failure,) = eventually(lambda: failures(etcd), "it is written", 10)
