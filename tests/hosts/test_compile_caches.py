@@ -23,7 +23,7 @@ from tests.namespaces.processes import command_line
 from .conftest import FindLauncher
 from .hosts import Hosts
 
-pytestmark = [pytest.mark.hosts, pytest.mark.serial]
+pytestmark = pytest.mark.hosts
 KERNELS, PER_HOST = 3, 2
 
 
@@ -116,6 +116,7 @@ def test_a_host_that_can_t_be_seeded_delays_no_other_and_all_compile(ranks: Rank
     hosts.run("h1", ["rm", "-r", base])
 
 
+@pytest.mark.serial  # the other host has four seconds to answer
 def test_a_process_that_hangs_is_given_up_in_time(ranks: Ranks, hosts: Hosts) -> None:
     ranks.run()
     # it may answer before it is stopped

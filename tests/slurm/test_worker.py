@@ -72,6 +72,7 @@ def start(stack: Stack, tmp_path: Path, small_model_dir: Path) -> Iterator[Start
         worker.stop()
 
 
+@pytest.mark.serial  # under PMI2 the tokens must be there within the drain's default limit, see below
 @pytest.mark.landing("pmi2")
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_answers_over_several_nodes_and_drains_on_sigterm(
