@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dynamo_mpi.common.xids import CAUSE_SECONDS, GpuError, meaning, needs_repai
 from dynamo_mpi.deploy.blame import Evidence, RankReport, blame
 from dynamo_mpi.supervisor.agent_failures import Report, with_gpu_errors
 from dynamo_mpi.supervisor.xid_watch import XidWatch
+from tests.conftest import ROOT
 
 from .test_gpu_health import describe, nvml  # noqa: F401 - fixtures
 
@@ -35,6 +37,13 @@ def test_a_gpu_that_must_be_reset_makes_its_node_unfit(xid: int) -> None:
 @pytest.mark.parametrize("xid", [13, 31, 43, 45, 63, 68, 92, 94, 109, 121, 144, 149, 154, 155, 999])
 def test_an_application_s_fault_doesn_t(xid: int) -> None:
     assert not needs_repair(xid)
+
+
+def test_the_guide_has_all_of_them() -> None:
+    text = (ROOT / "docs" / "guides" / "recovery.md").read_text()
+    listed = re.search(r"one of the last 15 minutes \(([\d, ]+)\)", text)
+    assert listed is not None
+    assert [int(number) for number in listed[1].split(", ")] == [xid for xid in range(1000) if needs_repair(xid)]
 
 
 def test_what_xids_mean() -> None:
