@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _CAUSES = {cause.name.lower(): cause for cause in DetectedBy}
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)
 # the preflight, and what comes before it, judges files and flags; the hardware check, GPUs and links
-_HARDWARE = "hardware_check"
+HARDWARE_CHECK = "hardware_check"
 _LOST = DetectedBy.HOST_UNREACHABLE
 
 
@@ -125,7 +125,7 @@ class Blame:
         phase: the phase; empty if it isn't known.
         cause: a text that is the same for the same cause in another start: without numbers and hosts.
         error: the error, in a line.
-        suspects: nodes that a report names as lost, or unfit in the hardware check.
+        suspects: nodes that a report names as lost, or that have reported it, or that are unfit in the hardware check.
         unfit: nodes with a GPU that needs a reset or a repair, according to the driver, each with the Xid.
         is_mistake: whether another start would end the same way, wherever it runs.
         is_killed: whether a rank was killed by SIGKILL, and the others' report shows that all hosts answered: that is no node's fault.
@@ -165,7 +165,10 @@ def blame(evidence: Evidence) -> Blame:
         return _of_gpus(evidence, report, broken)
     host = evidence.node_of(report.host, report.rank)
     lost = [evidence.node_of(each.host, each.rank) for each in evidence.reports if each.cause is _LOST]
-    named = _named(report.text or report.error, evidence.nodes) if report.phase == _HARDWARE else []
+    if report.cause is _LOST and report.rank:
+        # it is rank 0's side that reports it, and that may be the one that is cut off
+        lost.append(evidence.nodes[0])
+    named = _named(report.text or report.error, evidence.nodes) if report.phase == HARDWARE_CHECK else []
     death = evidence.death
     is_bare = report.cause is DetectedBy.DISCONNECT and death is not None and report.rank in death.ranks
     error = _how(death) if is_bare and death is not None else report.error
@@ -178,7 +181,7 @@ def blame(evidence: Evidence) -> Blame:
         _cause(report.cause, error, evidence.nodes),
         error,
         tuple(dict.fromkeys(node for node in (*lost, *named) if node)),
-        code in MISTAKES and report.phase != _HARDWARE,
+        code in MISTAKES and report.phase != HARDWARE_CHECK,
         is_killed and report.is_composed and evidence.is_reported and not lost,
     )
 

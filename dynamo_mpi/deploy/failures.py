@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.deploy.blame import HARDWARE_CHECK
 from dynamo_mpi.deploy.excluded import ExcludedNode, exclude
 from dynamo_mpi.deploy.recovery import (
     Degrade,
@@ -264,9 +265,9 @@ class FailureHandler:
         gone = {node for node in worker.nodes if self.prober.is_known_lost(node, found.suspects)}
         used = self.nearest_spares(worker.name, found.host)[: len(gone)]
         return (
-            found.host in gone
+            bool(gone)
+            and found.phase != HARDWARE_CHECK
             and not found.unfit
-            and gone.issuperset(found.suspects)
             and set(used) <= set(self.spares.ready)
             and not any(self.spares.domains.values())
             and not any(self.prober.is_doubtful(node) for node in {*worker.nodes, *used} - gone)

@@ -114,16 +114,16 @@ class Soak:
     Args:
         deployment: the deployment.
         dice: chooses.
-        spares: nodes that may be lost.
     """
 
-    def __init__(self, deployment: RecoveringDeployment, dice: random.Random, spares: int) -> None:
-        self.deployment, self.dice, self.spares = deployment, dice, spares
+    def __init__(self, deployment: RecoveringDeployment, dice: random.Random) -> None:
+        self.deployment, self.dice = deployment, dice
         self.events: list[Event] = []
 
     def strike(self) -> None:
         """Let one fault happen, and wait until its worker serves again."""
-        kind = self.dice.choice(KINDS if self.spares else KINDS[:2])
+        has_spare = any(state in ("ready", "preparing") for state in self.deployment.spares().values())
+        kind = self.dice.choice(KINDS if has_spare else KINDS[:2])
         worker = self.dice.choice(("agg-0", "agg-1"))
         slurm, nodes = self.deployment.slurm, self.deployment.nodes_of(worker)
         node = self.dice.choice([each for each in nodes if each != "n1" or kind not in NODE_KINDS])
@@ -134,7 +134,6 @@ class Soak:
             slurm.switch_cable(node, on=False)
         else:
             self.deployment.kill(node, signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
-        self.spares -= kind in NODE_KINDS
         served = self.deployment.serves(worker, attempt + 1, SERVES_SECONDS)
         self.events.append(Event(kind, worker, node, served - began, began))
         note(f"{worker}: {kind} on {node}, serves again after {served - began:.1f} s")
@@ -208,7 +207,7 @@ def _run(deployment: RecoveringDeployment, arguments: argparse.Namespace) -> int
     for reader in readers:
         reader.start()
     assert requests.has_references.wait(300), "the load got no references"
-    soak = Soak(deployment, random.Random(arguments.seed), arguments.spares)  # noqa: S311 - no secret
+    soak = Soak(deployment, random.Random(arguments.seed))  # noqa: S311 - no secret
     end = time.monotonic() + 60 * arguments.minutes
     while (pause := soak.dice.uniform(*PAUSE_SECONDS)) < end - time.monotonic():
         time.sleep(pause)  # under load, there is nothing to wait for

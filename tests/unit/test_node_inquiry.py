@@ -121,8 +121,9 @@ class NoSteps:
 @pytest.mark.parametrize(
     ("known_of_spare", "domain", "is_probed"), [("", "", False), ("silent", "", True), ("", "rack 1", True)]
 )
+@pytest.mark.parametrize("blamed", [SILENT, HEALTHY])
 def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_out(
-    prober: NodeProber, watch: Any, known_of_spare: str, domain: str, is_probed: bool
+    prober: NodeProber, watch: Any, known_of_spare: str, domain: str, is_probed: bool, blamed: str
 ) -> None:
     run_dir, controller = prober._run_dir, MpirunStepController()
     spares = SparePool((SPARE,), NoSteps(), controller, run_dir, lambda *_: None)
@@ -132,7 +133,8 @@ def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_ou
     worker = Worker("agg-0", "agg", "config", (HEALTHY, SILENT), 1)
     order = (HEALTHY, SILENT, SPARE)
     failures = FailureHandler(Placement((worker,), (SPARE,), "n0", order), 3, spares, prober, run_dir)
-    found = Blame(75, 1, SILENT, "serve", "its host is lost", suspects=(SILENT,))
+    # each half may call the other lost
+    found = Blame(75, 1, blamed, "serve", "its host is lost", suspects=(SILENT, HEALTHY))
     failures.failed(worker, found, 60.0, {"PATH": "/usr/bin:/bin"})
     assert bool(prober._builder.asked) == is_probed  # type: ignore[attr-defined] # of the stand-in
     action = eventually(lambda: failures.due(worker, ()), "what follows", 5)
