@@ -82,14 +82,17 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+def environment_of(pid: int) -> bytes:
+    """Return the environment that a process was started with; nothing if it has gone meanwhile."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
 def processes_with(text: str) -> list[int]:
     """Return the pids of this machine whose environment has ``text``, of every session and namespace, without zombies."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if pid != os.getpid() and text.encode() in environment_of(pid)]
 
 
 def remaining(text: str) -> list[str]:

@@ -95,8 +95,9 @@ class MpirunFaults:
                 worker.stop,
                 look,
             )
-            outcome.reports = read_reports(failures)
             outcome.left += remaining(f"TMPDIR={temporary}\0")
+            # not before: node agents write them beside the log, and outlive the launcher
+            outcome.reports = read_reports(failures)
             assert memory or not case.streaming, "Open MPI has no shared memory where it always has some"
             outcome.left += [name for name in memory if os.path.exists(name)]
             # an engine that is killed leaves things of its own

@@ -27,6 +27,7 @@ from tests.fault_traces import (
     Keys,
     Streams,
     end_process,
+    environment_of,
     find_agent,
     find_child,
     has_ended,
@@ -132,10 +133,8 @@ class HostsWorker:
     def find_rank(self, host: str, mark: str) -> int:
         """Return the pid of the rank on a host whose environment has ``mark``; 0 for none."""
         for pid in self.processes(host):
-            with contextlib.suppress(OSError):
-                environment = Path(f"/proc/{pid}/environ").read_bytes()
-                if command_line(pid)[: len(WORKER)] == list(WORKER) and f"{mark}\0".encode() in environment:
-                    return pid
+            if command_line(pid)[: len(WORKER)] == list(WORKER) and f"{mark}\0".encode() in environment_of(pid):
+                return pid
         return 0
 
     def stop(self) -> None:
@@ -229,12 +228,13 @@ class HostsFaults:
                 worker.stop,
                 replace_agents,
             )
-            outcome.reports = read_reports(failures)
             for process in programs:
                 end_process(process)
             # an engine that is killed leaves things of its own
             ours = "*" if case.engine == "reference" else "dynamo_mpi*"
             outcome.left += self._left(worker, temporary, before, ours)
+            # not before: node agents write them beside the log, and outlive the launcher
+            outcome.reports = read_reports(failures)
             return outcome
         finally:
             worker.stop()

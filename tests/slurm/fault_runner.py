@@ -19,6 +19,7 @@ from tests.fault_traces import (
     Keys,
     Streams,
     end_process,
+    environment_of,
     find_child,
     processes_with,
     read_reports,
@@ -96,7 +97,7 @@ class SrunFaults:
                 return find_child(processes_with(f"TMPDIR={temporary}\0"))
             mark = f"SLURM_PROCID={rank}\0".encode()
             pids = [pid for found in worker.ranks().values() for pid in found]
-            found = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            found = [pid for pid in pids if mark in environment_of(pid)]
             # its node agent, which it has forked, looks as it does until it has a title of its own
             forked = {child for pid in found for child in children_of(pid)}
             (pid,) = [pid for pid in found if pid not in forked]
@@ -121,8 +122,9 @@ class SrunFaults:
                 worker.stop,
                 replace_agents,
             )
-            outcome.reports = read_reports(failures)
             outcome.left += remaining(f"TMPDIR={temporary}\0")
+            # not before: node agents write them beside the log, and outlive the launcher
+            outcome.reports = read_reports(failures)
             outcome.left += [f"{node}: {name}" for node in NODES for name in self.shared_memory(node)]
             # an engine that is killed leaves things of its own
             ours = "*" if case.engine == "reference" else "dynamo_mpi*"
