@@ -32,7 +32,7 @@ from .conftest import FindLauncher
 from .hosts import why_unavailable
 from .settings import NETWORKS
 
-pytestmark = [pytest.mark.hosts, pytest.mark.serial]
+pytestmark = pytest.mark.hosts
 HOSTS, SIZES = 3, [12 << 20] * 4
 RATE, LINK = 24e6, 96e6
 TIMEOUT = 12.0
