@@ -25,6 +25,8 @@ _SPIN_SECONDS = 0.001
 _LONGEST_SLEEP_SECONDS = 0.005
 # the request to end all ranks is sent at once, but Open MPI 4.1, if it is already ending them, would block for 3 s
 _ABORT_SECONDS = 0.5
+# Open MPI's own error handler ends all ranks at once where a peer's connection closes, before anyone could report who it was
+_FATAL_ERROR_DELAY_SECONDS = 1
 
 
 class World:
@@ -74,7 +76,10 @@ class World:
 
         # exit even if MPI can't end the ranks
         hard_exit_after(_ABORT_SECONDS, code)
+        _change_fatal_error_delay(_FATAL_ERROR_DELAY_SECONDS, 0)
         self.comm.Abort(code)
+        # it returns if Open MPI's own error handler is ending the ranks, too
+        os._exit(code)
 
 
 def load_mpi_library() -> str:
@@ -204,10 +209,27 @@ def start_mpi() -> None:
             expected="a launcher that goes with the MPI library",
             fix="see the library's messages above; docs/tested.md lists the tested combinations",
         )
+    _change_fatal_error_delay(0, _FATAL_ERROR_DELAY_SECONDS)
     # mpi4py does this when it starts MPI itself
     for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
         communicator.Set_errhandler(MPI.ERRORS_RETURN)
     atexit.register(finalize_mpi)
+
+
+def _change_fatal_error_delay(before: int, after: int) -> None:
+    """Change how many seconds Open MPI waits before it ends all ranks, unless the user has set it; other libraries don't have it.
+
+    Whatever ends them: a communicator's error handler doesn't see that a peer's connection has closed, see
+    ``findings/openmpi-tcp-ignores-errors-return.sh``.
+    """
+    import ctypes
+
+    from mpi4py import MPI
+
+    with contextlib.suppress(OSError, ValueError):
+        delay = ctypes.c_int.in_dll(ctypes.CDLL(MPI.__file__), "opal_abort_delay")
+        if delay.value == before:
+            delay.value = after
 
 
 def finalize_mpi() -> None:

@@ -24,6 +24,13 @@ MAX_TEXT = 4000
 _MAX_REPORT = 8000
 _MAX_CONSEQUENCES = 8
 _MAX_GPU_ERRORS = 8
+# wait for the other agents' answers, or for their joining if none has joined yet
+_SETTLE_SECONDS = 0.4
+_NO_AGENTS_SETTLE_SECONDS = 0.3
+# ranks of one node only: everything that is readable is read in the order in which it happened
+_SINGLE_NODE_SETTLE_SECONDS = 0.02
+# Slurm's PMIx plugin kills a step because of a death, agents too: 0.05 s later on an idle machine, and without a signal before
+_IN_STEP_SETTLE_SECONDS = 0.03
 
 
 class ObservedFailure(NamedTuple):
@@ -63,14 +70,33 @@ def first_of_each_rank(observed: Sequence[ObservedFailure]) -> list[ObservedFail
     return list(found.values())
 
 
+def lacks_cause(observed: Sequence[ObservedFailure]) -> bool:
+    """Return whether only consequences were observed: ranks that Open MPI has ended because of another's death."""
+    return bool(observed) and all(ENDED_BY_MPI in each.failure.text for each in observed)
+
+
+def settle_seconds(observed: Sequence[ObservedFailure], is_in_step: bool, has_network: bool, has_agents: bool) -> float:
+    """Return how long an agent that decides waits for what the other agents know.
+
+    Args:
+        observed: what it knows.
+        is_in_step: whether Slurm's PMIx plugin ends the ranks.
+        has_network: whether there are other nodes.
+        has_agents: whether their agents have joined.
+    """
+    if not has_agents:
+        return _NO_AGENTS_SETTLE_SECONDS if has_network else _SINGLE_NODE_SETTLE_SECONDS
+    return _IN_STEP_SETTLE_SECONDS if is_in_step and not lacks_cause(observed) else _SETTLE_SECONDS
+
+
 def with_lost_agents(observed: Sequence[ObservedFailure], lost: Sequence[LostAgent]) -> list[ObservedFailure]:
-    """Add the deaths that no agent was left to observe, if only their consequences were observed: ranks that Open MPI has ended.
+    """Add the deaths that no agent was left to observe, if only their consequences were observed.
 
     Args:
         observed: at least one failure, in the order in which they happened.
         lost: the agents that are lost and not replaced. The first rank of a node replaces its agent, so it is dead too.
     """
-    if not all(ENDED_BY_MPI in each.failure.text for each in observed):
+    if not lacks_cause(observed):
         return list(observed)
     deaths = []
     for number, host, at in lost:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A node agent's state of the whole world: collects failures, decides which agent reports them, and ends all ranks.
 
-Rank 0's agent, the hub, receives each failure and decides. Rank 0 has 2 s to report by itself. If rank 0 is gone, the hub reports after all
-other agents have sent the failures that they observed, because a consequence may be observed before its cause. If the hub is gone too, the
-deputy reports, unless a record in etcd shows that the hub did.
+Rank 0's agent, the hub, receives each failure and decides. Rank 0 has 2 s to report by itself. If rank 0 is gone, or Slurm is about to kill
+the agents too, the hub reports after all other agents have sent the failures that they observed, because a consequence may be observed before
+its cause. If the hub is gone too, the deputy reports, unless a record in etcd shows that the hub did.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_observed,
     explain_signal,
     first_of_each_rank,
+    lacks_cause,
+    settle_seconds,
     with_gpu_errors,
     with_lost_agents,
 )
@@ -42,12 +44,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
     from dynamo_mpi.supervisor.local_rank import LocalRanks
 
-# wait for the other agents' answers, or for their joining if none has joined yet
-_SETTLE_SECONDS = 0.4
-_NO_AGENTS_SETTLE_SECONDS = 0.3
-# ranks of one node only: everything that is readable is read in the order in which it happened
-_SINGLE_NODE_SETTLE_SECONDS = 0.02
-# rank 0, if alive, reports by itself and knows more than its agent, but not of ranks that are still in the preflight
+# rank 0, if alive, reports by itself and knows more than its agent
 _RANK0_REPORT_SECONDS = 2.0
 # how long the deputy waits for the hub's report; a hub that exited together with rank 0 is not replaced
 _HUB_REPORT_SECONDS = 1.5
@@ -97,7 +94,7 @@ class WorldWatch:
         self._unanswered: set[int] = set()
         self._answer_to: list[int] = []
         self._pending_report: PendingReport | None = None
-        self._hub_lost_at = self._print_until = 0.0
+        self._hub_lost_at, self._print_until, self._is_in_step = 0.0, 0.0, launch.launcher is Launcher.SLURM_PMIX
 
     @property
     def has_network(self) -> bool:
@@ -232,10 +229,13 @@ class WorldWatch:
                 self._decide_for_hub()
             return
         self._peers.send_to_deputy({"failure": encode_observed(observed)})
-        if self._launch.launcher is Launcher.HYDRA and observed.failure.cause is DetectedBy.DISCONNECT:
+        is_death = observed.failure.cause is DetectedBy.DISCONNECT
+        # a rank 0 in a step may be killed before it reports; and none knows of ranks that are still in the preflight
+        is_ours = self._rank0_lost or observed.failure.phase == "preflight" or (is_death and self._is_in_step)
+        if self._launch.launcher is Launcher.HYDRA and is_death:
             # mpiexec kills all other ranks at once, and with them the connection to its output
             self.decide_at = now
-        elif self._local_ranks.rank0_reports() and not self._rank0_lost and observed.failure.phase != "preflight":
+        elif self._local_ranks.rank0_reports() and not is_ours:
             self.decide_at = min(self.decide_at, now + _RANK0_REPORT_SECONDS)
         else:
             self._decide_soon()
@@ -261,8 +261,8 @@ class WorldWatch:
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
             self.report(report := compose_report(observed, phase))
             # a launcher that noticed a death ends the others by itself, with the better exit code
-            delay = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
-            self.decide_at = time.monotonic() + delay
+            is_noticed = report.failure.cause is DetectedBy.DISCONNECT
+            self.decide_at = time.monotonic() + (_LAUNCHER_SECONDS if is_noticed else 0.0)
 
     def answer(self) -> None:
         """Answer the agents that asked: all failures that this agent observed have been sent before."""
@@ -289,8 +289,7 @@ class WorldWatch:
 
     def _decide_soon(self) -> None:
         agents = self._peers.agents
-        alone = _NO_AGENTS_SETTLE_SECONDS if self._peers.exist else _SINGLE_NODE_SETTLE_SECONDS
-        delay = _SETTLE_SECONDS if agents else alone
+        delay = settle_seconds(self._observed, self._is_in_step, self._peers.exist, bool(agents))
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
         if not self._unanswered:
             self._unanswered = set(agents)
@@ -319,7 +318,8 @@ class WorldWatch:
             self._answer_to.append(number)
         if message.get("answer"):
             self._unanswered.discard(number)
-            if not self._unanswered and self.decide_at < math.inf:
+            # else a cause may follow: other ranks may lose a rank before its own agent sees it end
+            if not self._unanswered and self.decide_at < math.inf and not lacks_cause(self._observed):
                 self.decide_at = time.monotonic()
         if isinstance(rank := message.get("signalled"), int):
             self.history.note_signal(rank)
@@ -336,9 +336,8 @@ class WorldWatch:
         if self._peers.is_hub:
             self._peers.send(number, {"phase": self.history.phase})
             return
-        for observed in self._observed:
-            if observed.host == self._host:
-                self._peers.send(number, {"failure": encode_observed(observed)})
+        for observed in (each for each in self._observed if each.host == self._host):
+            self._peers.send(number, {"failure": encode_observed(observed)})
 
     def on_peer_lost(self, number: int) -> bool:
         """Handle the loss of the connection to an agent; return whether it must be replaced."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 2.0
 _FINISH_SECONDS = 2.0
+# a file system that hangs must not keep the other ranks
+_FILE_SECONDS = 0.25
 
 
 class PendingReport:
@@ -79,12 +81,13 @@ class ReportWriter:
         if self._has_leases:
             self._run_in_order(self._revoker.revoke)
 
-    def later(self, task: Callable[[], object]) -> None:
-        """Run a slow task in a thread; `finish` waits for it."""
+    def later(self, task: Callable[[], object]) -> threading.Thread | None:
+        """Run a slow task in a thread, and return that; `finish` waits for it. Without threads, the task has run."""
         if (thread := start_thread(task)) is None:
             run_suppressed(task)
         else:
             self._helpers.append(thread)
+        return thread
 
     def publish(
         self,
@@ -103,7 +106,7 @@ class ReportWriter:
             report: the report.
             rendezvous: names the failure directory.
             by: the rank whose failure file it becomes; None for the failed rank's.
-            on_logged: called after the report is logged.
+            on_logged: called after the report is logged, and written to the failure directory if that doesn't hang.
             on_done: called after everything is done.
             for_node: the report is about this node, not about one of its ranks.
             only_if_first: write nothing if another agent has written its report to etcd or to the failure directory.
@@ -115,8 +118,11 @@ class ReportWriter:
                 if only_if_first and self._revoker.record_failure(report.failure, report.host, report.text):
                     return
                 # separately: the reader of the log may hang, and so may a file system
-                self.later(partial(self._write_file, report, rendezvous, by, keep=only_if_first))
+                file = self.later(partial(self._write_file, report, rendezvous, by, keep=only_if_first))
                 self._log(report, rendezvous, for_node=for_node)
+                if file is not None:
+                    # what follows ends all ranks, and under Slurm this process too
+                    file.join(_FILE_SECONDS)
                 on_logged()
             finally:
                 pending.set()

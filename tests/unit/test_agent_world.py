@@ -8,7 +8,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import pytest
@@ -62,7 +62,7 @@ class Notes:
 class Agent:
     """An agent's part in the watch, in a loop that is turned by hand."""
 
-    def __init__(self, rank: int, port: int, launcher: Launcher = Launcher.OPEN_MPI) -> None:
+    def __init__(self, rank: int, port: int, launcher: Launcher) -> None:
         self.rank, self.host, self.notes = rank, f"n{rank}", Notes()
         self.selector = selectors.DefaultSelector()
         self.ended: list[int] = []
@@ -108,11 +108,11 @@ def turn_until(agents: list[Agent], condition: Callable[[], object], seconds: fl
             agent.turn()
 
 
-@pytest.fixture
-def world() -> Iterator[list[Agent]]:
-    """A hub, its deputy and another agent, that all know of each other; their leases are the hub's."""
+@contextmanager
+def running_world(launcher: Launcher) -> Iterator[list[Agent]]:
+    """Run a hub, its deputy and another agent, that all know of each other; their leases are the hub's."""
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
-        agents = [Agent(rank, listener.getsockname()[1]) for rank in range(3)]
+        agents = [Agent(rank, listener.getsockname()[1], launcher) for rank in range(3)]
         hub, deputy, other = agents
         hub.watch.set_listener(listener.dup())
         for agent in agents:
@@ -124,6 +124,13 @@ def world() -> Iterator[list[Agent]]:
             agents[1], agents[2] = agents[2], agents[1]
         hub.watch.set_phase("serve")
         turn_until(agents, lambda: all(agent.watch.history.phase == "serve" for agent in agents))
+        yield agents
+
+
+@pytest.fixture
+def world() -> Iterator[list[Agent]]:
+    """A world under mpirun."""
+    with running_world(Launcher.OPEN_MPI) as agents:
         yield agents
 
 
@@ -175,7 +182,7 @@ def test_a_rank_that_died_with_its_agent_is_the_cause_where_open_mpi_ended_rank_
     left = [hub, deputy]
     if is_replaced:
         # the rank lives, as it has started another
-        left.append(Agent(other.rank, other.rendezvous.agent_port))
+        left.append(Agent(other.rank, other.rendezvous.agent_port, Launcher.OPEN_MPI))
         left[-1].join()
         turn_until(left, lambda: not hub.watch._peers.lost)
     hub.dies(text=f"died: {ENDED_BY_MPI}")
@@ -249,7 +256,7 @@ def test_the_deputy_takes_a_hub_that_does_not_come_back_for_the_cause(world: lis
 def test_before_the_result_too_the_deputy_names_the_host_of_rank_0() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        hub, deputy = Agent(0, port), Agent(1, port)
+        hub, deputy = Agent(0, port, Launcher.OPEN_MPI), Agent(1, port, Launcher.OPEN_MPI)
         hub.watch.set_listener(listener.dup())
         for agent in (hub, deputy):
             endpoint = {"host": "n0", "addresses": ["127.0.0.1"], "port": port, "token": TOKEN}
@@ -295,3 +302,34 @@ def test_under_mpich_the_hub_does_not_wait_for_rank_0() -> None:
     hub.watch.on_failure(ObservedFailure(death(1), "n1"))
     turn_until([hub], lambda: hub.notes.reports, 1.0)
     hub.watch.close()
+
+
+def test_in_a_step_of_slurm_the_hub_reports_at_once_although_rank_0_lives() -> None:
+    """Slurm's PMIx plugin kills the step because of the death, with all agents, before rank 0 has spoken."""
+    with running_world(Launcher.SLURM_PMIX) as world:
+        hub, _, other = world
+        other.dies()
+        begin = time.monotonic()
+        hub.turn()
+        turn_until(world, lambda: hub.notes.reports)
+        (report,) = reports(world)
+        assert (report.failure.rank, report.host, report.reporter) == (other.rank, other.host, other.rank)
+        assert time.monotonic() - begin < 1, "rank 0 would have two seconds"
+        # what rank 0 says then has been said
+        said = Report(death(other.rank), other.host, "error in serve: …", (), 0, "n0")
+        hub.watch.publish(said, lambda: None)
+        assert reports(world) == [report]
+
+
+def test_a_rank_that_open_mpi_has_ended_is_not_reported_before_the_cause_can_be_known(world: list[Agent]) -> None:
+    hub, _, other = world
+    hub.dies(text=f"died: {ENDED_BY_MPI}")
+    turn_until(world, lambda: hub.watch._unanswered)
+    # all have answered, and the agent of the cause's node sees its rank's end after that
+    turn_until(world, lambda: not hub.watch._unanswered)
+    hub.turn()
+    assert reports(world) == []
+    other.dies(-0.01)
+    turn_until(world, lambda: reports(world))
+    (report,) = reports(world)
+    assert (report.failure.rank, [seen.failure.rank for seen in report.consequences]) == (other.rank, [0])
