@@ -29,3 +29,10 @@ def test_a_rank_that_waits_leaves_the_core_to_others(mpirun: Mpirun) -> None:
     for waited, spent in json.loads(done.stdout)[1:]:
         assert waited > 1.9
         assert spent < 0.1 * waited
+
+
+def test_a_rank_has_time_to_report_before_open_mpi_ends_it_for_a_lost_peer(mpirun: Mpirun) -> None:
+    over_tcp = {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_pml": "ob1"}
+    done = mpirun(2, PROGRAMS / "lost_peer.py", env=over_tcp, timeout=60)
+    assert "rank 0 still runs" in done.stdout, done.stderr
+    assert done.returncode in (70, 137), done.stderr
