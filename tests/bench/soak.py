@@ -50,6 +50,7 @@ END_SECONDS = 30.0
 """For the launcher's end after a kill, on a machine that others use as well."""
 SERVE_SECONDS = (5.0, 25.0)
 """How long a worker serves before it is killed, at random between the two."""
+MOST_UNSTARTED = 5
 CUT_SECONDS = 1.0
 """Before the kill: requests that end then may have met it, as clocks are read one after the other."""
 
@@ -88,6 +89,7 @@ class Soak:
     folder: Path
     logs: Path | None
     outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
+    unstarted: int = 0
     killed_at: float = 0.0
     away: list[tuple[float, float]] = field(default_factory=list)
     """When there was no worker: from a kill until the next was ready. The frontend hears of that a moment later."""
@@ -104,6 +106,24 @@ class Soak:
         variables["DYN_LOG"] = "error"
         command = self.launcher.command(hosts, hosts.names, 1, list(variables), [*WORKER, *flags])
         return HostsWorker(hosts, folder, command, {**variables, **self.launcher.environment(hosts)}), folder
+
+    def has_started(self, worker: HostsWorker, number: int) -> bool:
+        """Wait until a worker serves. One that doesn't, as on a machine too busy for its heartbeats, is counted, and ended.
+
+        Raises:
+            AssertionError: it is the last that may fail.
+        """
+        try:
+            worker.ready(180)
+        except AssertionError as error:
+            self.unstarted += 1
+            keep(self.logs, f"start-{number}", str(error))
+            worker.stop()
+            if self.unstarted >= MOST_UNSTARTED:
+                raise
+            note(f"worker {number} did not start")
+            return False
+        return True
 
     def kill(self, worker: HostsWorker, folder: Path, victim: str, number: int) -> None:
         """Kill, and see what is reported."""
@@ -169,7 +189,7 @@ class Soak:
             "",
             f"{minutes:.1f} minutes, {len(requests.rows)} requests: {kinds['right']} whole and right, {kinds['wrong']} wrong or truncated, "
             f"{kinds['failed']} failed with an error ({', '.join(f'{how}: {times}' for how, times in ends.most_common())}), "
-            f"{len(strange)} of them although the worker served",
+            f"{len(strange)} of them although the worker served; {self.unstarted} workers did not start",
         ]
         for row in [row for row in requests.rows if row["kind"] == "wrong"][:5] + strange[:5]:
             lines.append(f"  {row}")
@@ -213,7 +233,8 @@ def main() -> int:
         for number in itertools.count(1):
             worker, own = soak.start(number)
             stack.callback(worker.stop)
-            worker.ready(180)
+            if not soak.has_started(worker, number):
+                continue
             soak.away.append((soak.killed_at, time.time()))
             if not began:
                 assert requests.has_references.wait(300), "the load got no references"
