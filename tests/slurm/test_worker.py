@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +57,16 @@ def start(stack: Stack, tmp_path: Path, small_model_dir: Path) -> Iterator[Start
     workers: list[SlurmWorker] = []
 
     def begin(
-        layout: Layout, plugin: str, *options: str, model: Path = small_model_dir, **environment: str
+        layout: Layout,
+        plugin: str,
+        *options: str,
+        model: Path = small_model_dir,
+        flags: Sequence[str] = (),
+        **environment: str,
     ) -> SlurmWorker:
         config = tmp_path / "engine.yaml"
         config.write_text(layout.engine_config)
-        flags = ("--model", str(model), "--engine-config", str(config))
+        flags = ("--model", str(model), "--engine-config", str(config), *flags)
         variables = {**stack.environment, **library(stack.slurm, plugin), **environment}
         srun = (f"--mpi={plugin}", *layout.options(stack.slurm), *options)
         workers.append(SlurmWorker(stack.slurm, tmp_path, srun, flags, variables))
@@ -79,10 +84,8 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
     plugin: str, start: Start, stack: Stack, model_dir: Path
 ) -> None:
     layout = TWO_BY_THREE if plugin == "pmix" else THREE_BY_ONE
-    # on a busy machine the tokens take longer than the drain's default limit; with this variable among those of MPICH's ranks, Slurm 22.05
-    # refuses what they exchange over PMI2 (docs/troubleshooting.md, "mpi/pmi2: value not properly terminated")
-    longer = {"DYN_MPI_DRAIN_TIMEOUT": "90"} if plugin == "pmix" else {}
-    worker = start(layout, plugin, "--label", model=model_dir, **longer)
+    # on a busy machine the tokens take longer than the drain's default limit
+    worker = start(layout, plugin, "--label", model=model_dir, flags=("--drain-timeout", "90"))
     ready = worker.ready()
     assert (ready["ranks"], ready["host"]) == (layout.nodes * layout.ranks_per_node, "n1")
     assert {node: len(pids) for node, pids in worker.ranks().items()} == dict.fromkeys(
