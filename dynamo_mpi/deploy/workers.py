@@ -147,6 +147,7 @@ class WorkerSet:
         name, before = worker.name, self._states[worker.name]
         ready_file = self._run_dir.ready_file(name)
         self._run_dir.remove_ready_file(name)
+        before.ready = None
         command = self._builder.worker(worker)
         if before.count:
             # if only srun was killed, its ranks may have registered before they were cancelled
