@@ -53,6 +53,7 @@ class Transfer(Member):
         self._back: socket.socket | None = None
         self._back_lock = threading.Lock()
         self._pool_empty = False
+        self._received_before = 0
 
     @property
     def size(self) -> int:
@@ -72,8 +73,8 @@ class Transfer(Member):
         self.run(self._follow)
         for _ in range(_SYNCERS):
             self.run(self._sync)
-        for _ in range(self._place.readers):
-            self.run(self._read_all)
+        for number in range(self._place.readers):
+            self.run(self._read_all, number == 0)
         self.run(self._report)
         if not self._manifest.files:
             self._channel.send("complete")
@@ -95,10 +96,10 @@ class Transfer(Member):
 
     # reading
 
-    def _read_all(self) -> None:
+    def _read_all(self, tries: bool) -> None:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while self._end is None and not self._holdings.is_complete:
-            self._channel.send("want", *self._wanted())
+            self._channel.send("want", *self._wanted(tries))
             number = self._grants.get()
             if number is None or not 0 <= number < len(self._holdings.extents):
                 self._pool_empty = True
@@ -111,6 +112,8 @@ class Transfer(Member):
         if self._pool_empty and not self._holdings.has(number):
             self._need_no_more(number)
         with self._lock:
+            if not self.read and not self._reading:
+                self._received_before = self.received
             self._reading.add(number)
         digest = hashlib.sha256()
         offset, end = extent.offset, extent.offset + extent.length
@@ -139,16 +142,20 @@ class Transfer(Member):
             self._need_no_more(number)
             self._arrived(number, digest.hexdigest(), self._place.node)
 
-    def _wanted(self) -> list[int]:
-        """Return extents that this node had rather read by itself: if its predecessor sends less than it has read, or nothing.
+    def _wanted(self, tries: bool) -> list[int]:
+        """Return extents that this node had rather read by itself: if its predecessor sends less than it has read meanwhile, or nothing.
 
         Where a node feeds the others, only if nothing arrives: reading less is what it is for.
+
+        Args:
+            tries: whether to find out, where this node has hardly read: the others had taken all before it came.
         """
         if not self._pool_empty:
             return []
         with self._lock:
-            is_slow = not self._place.fed and self.read >= _FASTER * self.received
-            if not is_slow and not self.is_stalled:
+            has_read = self.read >= self._manifest.extent_bytes
+            is_slow = self.read >= _FASTER * (self.received - self._received_before) if has_read else tries
+            if not (is_slow and not self._place.fed) and not self.is_stalled:
                 return []
             return self._holdings.missing(self._reading, _MAX_WANTED)
 
