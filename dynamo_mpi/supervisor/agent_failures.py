@@ -89,14 +89,19 @@ def settle_seconds(observed: Sequence[ObservedFailure], is_in_step: bool, has_ne
     return _IN_STEP_SETTLE_SECONDS if is_in_step and not lacks_cause(observed) else _SETTLE_SECONDS
 
 
-def with_lost_agents(observed: Sequence[ObservedFailure], lost: Sequence[LostAgent]) -> list[ObservedFailure]:
+def with_lost_agents(
+    observed: Sequence[ObservedFailure], lost: Sequence[LostAgent], signalled: Sequence[int] = ()
+) -> list[ObservedFailure]:
     """Add the deaths that no agent was left to observe, if only their consequences were observed.
 
     Args:
         observed: at least one failure, in the order in which they happened.
-        lost: the agents that are lost and not replaced. The first rank of a node replaces its agent, so it is dead too.
+        lost: the agents that are lost and not replaced, but at the end in order, when agents leave before rank 0. The first rank of a node
+            replaces its agent, so it is dead too.
+        signalled: the ranks that a launcher has signalled, as it does before it kills them because of another's death.
     """
-    if not lacks_cause(observed):
+    others = [each for each in observed if each.failure.rank not in signalled]
+    if others and not lacks_cause(others):
         return list(observed)
     deaths = []
     for number, host, at in lost:
@@ -260,13 +265,18 @@ class History:
         before = [phase for since, phase in self._phases if since <= when]
         return before[-1] if before else self.phase
 
+    @property
+    def signalled(self) -> list[int]:
+        """The ranks that got a signal to end within the last seconds."""
+        now = time.monotonic()
+        return [rank for rank, at in self._signalled_at.items() if now - at < _SIGNALLED_SECONDS]
+
     def note_signal(self, rank: int) -> None:
         """Record that a rank got a signal to end."""
         self._signalled_at[rank] = time.monotonic()
 
     def was_ended_by_launcher(self, rank: int) -> bool:
         """Return whether the launcher was asked to end a rank that has exited: it signals all ranks before it kills them."""
-        now = time.monotonic()
-        recent = [other for other, at in self._signalled_at.items() if now - at < _SIGNALLED_SECONDS]
+        recent = self.signalled
         # a signal to rank 0 alone asks for a drain
         return rank in recent and (rank != 0 or self._size == 1 or len(recent) > 1)

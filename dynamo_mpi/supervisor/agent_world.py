@@ -256,7 +256,8 @@ class WorldWatch:
                 error, how, phase = host_lost(host), DetectedBy.HOST_UNREACHABLE, self.history.phase
                 failure = Failure(0, int(error.exit_code), str(error), how, phase, self._hub_lost_at)
                 self._observed.append(ObservedFailure(failure, host))
-            observed = with_lost_agents(first_of_each_rank(self._observed), self._peers.lost)
+            lost = [agent for agent in self._peers.lost if self.history.phase_at(agent.at) != "exit"]
+            observed = with_lost_agents(first_of_each_rank(self._observed), lost, self.history.signalled)
             # before the preflight result each rank has a phase of its own
             phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
             self.report(report := compose_report(observed, phase))

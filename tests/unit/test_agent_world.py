@@ -195,6 +195,19 @@ def test_a_rank_that_died_with_its_agent_is_the_cause_where_open_mpi_ended_rank_
     left[-1].watch.close()
 
 
+def test_a_rank_that_died_with_its_agent_is_the_cause_where_the_launcher_has_killed_rank_0(world: list[Agent]) -> None:
+    """mpirun signals a rank 0 that is too busy to report in time, and then kills it: that is no death in a drain."""
+    hub, deputy, other = world
+    other.watch.close()
+    turn_until([hub, deputy], lambda: hub.watch._peers.lost)
+    hub.watch.note_signal(0)
+    hub.dies()
+    turn_until([hub, deputy], lambda: reports([hub, deputy]))
+    (report,) = reports([hub, deputy])
+    assert (report.failure.rank, report.host) == (other.rank, other.host)
+    assert "died together with its node agent" in report.text
+
+
 def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
     hub, deputy, other = world
     other.dies()
