@@ -103,7 +103,13 @@ def _gpu_findings(pair: Sequence[RankFacts]) -> Iterator[Finding]:
     worker, spare = (row.gpus for row in pair)
     if worker.visible and not spare.visible:
         why = f": {spare.problem}" if spare.problem else ""
-        yield error("V1", "no GPU is seen there", found=f"no GPU is seen there{why}")
+        yield error(
+            "V1",
+            "no GPU is seen there",
+            found=f"no GPU is seen there{why}",
+            expected="the GPUs that the workers' nodes have",
+            fix="look at nvidia-smi there, and at the job's --gres or --gpus-per-node",
+        )
         return
     for rule in (gpu_rules.check_alike, gpu_rules.check_drivers):
         yield from rule(pair)

@@ -85,7 +85,7 @@ SILENT_HOST = "its host has acknowledged nothing for"
 
 def silent_host(seconds: float) -> str:
     """Return the warning about a rank whose host may be lost."""
-    return f"{SILENT_HOST} {seconds:.0f} s: it is lost, or the network between the hosts is"
+    return f"its host has acknowledged nothing for {seconds:.0f} s: it is lost, or the network between the hosts is"
 
 
 def heartbeat_missed(seconds: float, host: str) -> DynamoMpiError:
