@@ -25,6 +25,8 @@ _REPORT_SECONDS = 2.0
 _FINISH_SECONDS = 2.0
 # a file system that hangs must not keep the other ranks
 _FILE_SECONDS = 0.25
+# nor an etcd that hangs
+_ETCD_SECONDS = 0.75
 
 
 class PendingReport:
@@ -106,7 +108,7 @@ class ReportWriter:
             report: the report.
             rendezvous: names the failure directory.
             by: the rank whose failure file it becomes; None for the failed rank's.
-            on_logged: called after the report is logged, and written to the failure directory if that doesn't hang.
+            on_logged: called after the report is logged, written to the failure directory and the leases are revoked, if those don't hang.
             on_done: called after everything is done.
             for_node: the report is about this node, not about one of its ranks.
             only_if_first: write nothing if another agent has written its report to etcd or to the failure directory.
@@ -123,6 +125,8 @@ class ReportWriter:
                 if file is not None:
                     # what follows ends all ranks, and under Slurm this process too
                     file.join(_FILE_SECONDS)
+                if self._has_leases:
+                    self._await_etcd(_ETCD_SECONDS)
                 on_logged()
             finally:
                 pending.set()
@@ -139,9 +143,12 @@ class ReportWriter:
         for thread in self._helpers:
             thread.join(max(0.0, end - time.monotonic()))
         if self._worker is not None:
-            finished = threading.Event()
-            self._run_in_order(finished.set)
-            finished.wait(max(0.0, end - time.monotonic()))
+            self._await_etcd(max(0.0, end - time.monotonic()))
+
+    def _await_etcd(self, seconds: float) -> None:
+        finished = threading.Event()
+        self._run_in_order(finished.set)
+        finished.wait(seconds)
 
     def _log(self, report: Report, rendezvous: Rendezvous, *, for_node: bool) -> None:
         rank = report.reporter

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor import agent_writer
+from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
+from dynamo_mpi.supervisor.leases import LeaseRevoker
 from dynamo_mpi.supervisor.local_rank import LocalRank
 from dynamo_mpi.supervisor.node_agent import NodeAgent
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from tests.dynamo.running import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +49,30 @@ def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.Mo
         release.set()
         ours.close()
         watching.join(10)
+
+
+def test_ranks_end_when_the_failure_file_is_written_and_the_leases_are_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, revoked = threading.Event(), threading.Event()
+
+    def after_a_while(event: threading.Event) -> None:
+        time.sleep(0.1)  # a busy node
+        event.set()
+
+    monkeypatch.setattr(agent_writer, "_FILE_SECONDS", 10.0)
+    monkeypatch.setattr(agent_writer, "_ETCD_SECONDS", 10.0)
+    monkeypatch.setattr(agent_writer, "write_failure", lambda *_, **__: after_a_while(written))
+    monkeypatch.setattr(LeaseRevoker, "revoke", lambda _: after_a_while(revoked))
+    failure = Failure(1, 70, "died", phase="load", at=time.monotonic())
+    before: list[tuple[bool, bool]] = []
+    writer = agent_writer.ReportWriter("")
+    writer.set_leases("{}")
+    writer.revoke()
+    report = compose_report([ObservedFailure(failure, "n1")], "load")
+    pending = writer.publish(
+        report, Rendezvous("n1"), None, lambda: before.append((written.is_set(), revoked.is_set()))
+    )
+    eventually(lambda: pending.is_done, "the report is out", 30)
+    assert (pending.is_done, before) == (True, [(True, True)])
 
 
 # a rank in MPICH's MPI_Init: it has made its shared memory, and is killed before it has reported that
