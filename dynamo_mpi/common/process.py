@@ -58,6 +58,10 @@ def is_stopped(pid: int) -> bool:
 _FLAGS, _PF_EXITING, _STATUS = 6, 0x4, 49
 
 
+# 128 and a signal's number follow
+_MOST_OWN_CODE = 128
+
+
 def exit_status(pid: int) -> int | None:
     """Return the wait status of a process that is exiting, or that its parent hasn't reaped yet; None if it isn't known.
 
@@ -69,6 +73,11 @@ def exit_status(pid: int) -> int | None:
         return int(fields[_STATUS]) if int(fields[_FLAGS]) & _PF_EXITING else None
     except (OSError, IndexError, ValueError):
         return None
+
+
+def ended_by_itself(status: int | None) -> bool:
+    """Return whether a wait status is known, and is that of no signal: neither directly, nor as a shell, and our ranks, spell it."""
+    return status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) <= _MOST_OWN_CODE
 
 
 # fields of /proc/PID/stat, counted from the third (proc(5)): start and end of the command line

@@ -18,7 +18,7 @@ from functools import partial
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, cast
-from dynamo_mpi.common.process import exit_status
+from dynamo_mpi.common.process import ended_by_itself, exit_status
 from dynamo_mpi.mpi.launcher import MPICH_LAUNCHERS
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
@@ -269,10 +269,11 @@ class NodeAgent:
         return any(local.rank == 0 and local.preflight_done for local in self._ranks)
 
     def _report_disconnected(self) -> None:
-        """Report a rank that exited before the result, unless all exit at once or another got a signal: then the launcher is ending them."""
-        first = self._disconnected[0]
-        is_ended = self._reported_at < first.last_seen + _SIMULTANEOUS_SECONDS
-        if not (is_ended or self._watch.reported) and (len(self._disconnected) == 1 or self._ranks):
+        """Report a rank that exited before the result, unless the launcher may have ended it: all exit at once, or another got a signal."""
+        first, *others = self._disconnected
+        is_own = ended_by_itself(first.exit_status)
+        is_ended = not is_own and self._reported_at < first.last_seen + _SIMULTANEOUS_SECONDS
+        if not (is_ended or self._watch.reported) and (is_own or not others or self._ranks):
             self._report(first, self._end_of(first), DetectedBy.DISCONNECT)
 
     def _check(self, now: float) -> None:
@@ -300,8 +301,7 @@ class NodeAgent:
             timeout = None if local.is_watched_by_rank0 else rendezvous.heartbeat_timeout_for(local.phase)
             if local.detached or (timeout is None and self._observer_of(local) is None):
                 continue
-            interval = rendezvous.heartbeat_interval
-            if now - local.last_ping > (interval if timeout is None else min(interval, timeout / 4)):
+            if now - local.last_ping > min(rendezvous.heartbeat_interval, math.inf if timeout is None else timeout / 4):
                 local.last_ping = now
                 local.send("ping")
             if timeout is not None and now - local.last_seen > timeout:

@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
-from dynamo_mpi.supervisor import agent_writer
+from dynamo_mpi.supervisor import agent_writer, local_rank, node_agent
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.leases import LeaseRevoker
 from dynamo_mpi.supervisor.local_rank import LocalRank
@@ -73,6 +73,36 @@ def test_ranks_end_when_the_failure_file_is_written_and_the_leases_are_revoked(m
     )
     eventually(lambda: pending.is_done, "the report is out", 30)
     assert (pending.is_done, before) == (True, [(True, True)])
+
+
+@pytest.mark.parametrize(
+    ("status", "is_reported"), [(3 << 8, True), (0, True), (9, False), (15, False), (143 << 8, False), (None, False)]
+)
+def test_a_busy_agent_takes_no_exit_for_the_launchers_doing(
+    status: int | None, is_reported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks: list[int] = []
+    monkeypatch.setattr(agent_writer, "write_failure", lambda _, failure, *__, **___: ranks.append(failure.rank))
+    monkeypatch.setattr(node_agent, "exit_status", lambda _: status)
+    # the ranks are this very process, which goes on
+    monkeypatch.setattr(LocalRank, "kill", lambda _: None)
+    monkeypatch.setattr(local_rank, "_open_pidfd", lambda _: None)
+    first, its_first = socket.socketpair()
+    second, its_second = socket.socketpair()
+    launch = LaunchInfo(Launcher.SLURM_PMIX, size=2, local_rank=0)
+    agent = NodeAgent(None, its_first, launch, "n1", EarlySettings(world_timeout=20))
+    agent._add_rank(its_second)
+    first.sendall(b"rank 0\nphase mpi_init\n")
+    second.sendall(b"rank 1\nphase mpi_init\n")
+    watching = threading.Thread(target=agent.run, args=(time.time(),), daemon=True)
+    # seen in one round: rank 1 has left, and rank 0, which the launcher ends because of it, has got SIGTERM and leaves
+    second.close()
+    first.sendall(b"reported\n")
+    first.close()
+    watching.start()
+    watching.join(15)
+    assert not watching.is_alive()
+    assert ranks == ([1] if is_reported else [])
 
 
 # a rank in MPICH's MPI_Init: it has made its shared memory, and is killed before it has reported that
