@@ -122,7 +122,7 @@ def test_an_engine_without_metadata_is_there_and_is_not_imported(
 
 def test_the_ranks_import_next_to_nothing() -> None:
     code = (
-        "import __future__, os, sys, typing; before = set(sys.modules)\n"
+        "import __future__, contextlib, os, sys, typing; before = set(sys.modules)\n"
         "from dynamo_mpi.checks import gpu_facts, host_facts\n"
         "host_facts.collect('Open MPI', os.environ, speaks_for_node=False)\n"
         "print(*sorted(set(sys.modules) - before))"

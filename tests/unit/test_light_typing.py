@@ -85,7 +85,8 @@ def test_what_a_tuple_and_its_copies_do(pair: Any) -> None:
     )
     for other in (made._replace(name="b"), pair._make((1, "b"))):
         assert (type(other), other) == (pair, (1, "b"))
-    with pytest.raises(ValueError, match="other"):
+    # a TypeError in Python's own from 3.13 on
+    with pytest.raises((ValueError, TypeError), match="other"):
         made._replace(other=1)
     for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):  # noqa: S301 - our own bytes
         assert (type(other), other) == (pair, made)
