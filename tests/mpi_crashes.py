@@ -27,7 +27,7 @@ CRASHES = (
     (" in mpi_init\n", "PMIX ERROR: PMIX_ERR_UNREACH in file", "ptl_base_connection_hdlr.c"),
     # MPICH 5.0.2, a third of the time on a busy machine: the first message to a rank of another host that has just died crashes the sender
     # (core: PMPI_Ibarrier)
-    (" in preflight\n", "APPLICATION TERMINATED WITH THE EXIT STRING: Segmentation fault (signal 11)"),
+    (" fault: ", " in preflight\n", "APPLICATION TERMINATED WITH THE EXIT STRING: Segmentation fault (signal 11)"),
 )
 
 

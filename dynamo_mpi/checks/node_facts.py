@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi import __version__
@@ -121,13 +122,14 @@ def facts_of_node(model: str, engine_configs: Sequence[str], environ: Mapping[st
         engine_configs: engine configs of workers.
         environ: as a rank would have it.
     """
-    folder, files = "", _digests(engine_configs)
+    # as workers spell paths
+    folder, files = "", _digests(str(Path(path)) for path in engine_configs)
     names: tuple[str, ...] = ()
     if model:
         from dynamo_mpi.layout.model_files import find_model
 
         try:
-            folder = os.path.dirname(find_model(model, environ).config)
+            folder = str(Path(find_model(model, environ).config).parent)
             names = weight_files(entries := os.listdir(folder))
             files |= _digests(os.path.join(folder, name) for name in _CONFIGS if name in entries)
             weights = (os.path.join(folder, name) for name in names)

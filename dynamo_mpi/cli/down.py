@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.deployment import RunningLaunch
 
 POLL_SECONDS = 0.5
+# each takes more than a second where a node doesn't answer
+_LOOKS = 4
 _SAY_WHICH = "--run-dir DIR; or --namespace NAME, --model NAME"
 TIMEOUT = Option(
     "timeout", ("--timeout",), (), 300.0, to_seconds, f"seconds until everything has ended, up to {MAX_SECONDS:g}"
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             expected="one deployment to end",
             fix="leave one out",
         )
-    given = {**vars(arguments), "run_dir": arguments.run_dir or arguments.folder}
+    given = {**vars(arguments), "run_dir": arguments.folder if arguments.run_dir is None else arguments.run_dir}
     values, _ = resolve(OPTIONS, given, os.environ, {})
     if values["namespace"] or values["model"]:
         return _end_workers(values, dry_run=arguments.dry_run)
@@ -166,6 +168,7 @@ def _clean(folder: OwnFolder, launch: RunningLaunch, end: float) -> None:
 
 def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
     left, said, began = list[str](), list[str](), time.monotonic()
+    looks: list[dict[str, frozenset[str]]] = []
 
     def late() -> PhaseTimeoutError:
         found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
@@ -185,9 +188,12 @@ def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, 
             said = left
         step_controller.cancel_ids(left)
         if time.monotonic() > began + kill_wait() + REST_SECONDS:
-            lost = [lost_among(step_controller.nodes_of(step)) for step in left]
-            if all(lost):
-                nodes = ", ".join(sorted({node for some in lost for node in some}))
+            # at several looks, as one connection may fail
+            now = {step: frozenset(lost_among(step_controller.nodes_of(step))) for step in left}
+            looks = [*looks, now][-_LOOKS:]
+            lost = [frozenset.intersection(*(look.get(step, frozenset()) for look in looks)) for step in left]
+            if len(looks) == _LOOKS and all(lost):
+                nodes = ", ".join(sorted(frozenset().union(*lost)))
                 _say(f"{', '.join(left)}: ended, but where {nodes} was lost; Slurm lists it until it gives the node up")
                 return
 

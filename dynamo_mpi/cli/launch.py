@@ -197,8 +197,10 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
     """Provide the steps' base environment, and the files that it needs."""
     if settings.launcher == "slurm":
         # Slurm sets it itself since version 23; an empty value means no limit
+        # the image may have a release that knows more of them
+        usable = os.environ if settings.image or settings.python else known_only(os.environ)
         end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
-        yield {**known_only(os.environ), **end}
+        yield {**usable, **end}
         return
     with private_dir(prefix=FOLDER_PREFIX) as folder:
         yield {**folder_environment(folder), **UNBOUND, **known_only(os.environ), **home_variable(os.environ)}

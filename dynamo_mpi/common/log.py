@@ -47,7 +47,7 @@ class RankLogger:
 
     def warning_aside(self, text: str) -> None:
         """Log a warning from a thread of its own, as the caller must not wait for what reads the log."""
-        threading.Thread(target=self.warning, args=(text,), name="watch", daemon=True).start()
+        threading.Thread(target=self.warning, args=(text,), name="warning", daemon=True).start()
 
     def error(self, text: str) -> None:
         """Log why the worker ends; the text must begin with ``error in PHASE: `` itself. Errors are never omitted."""

@@ -125,7 +125,8 @@ class Blame:
         phase: the phase; empty if it isn't known.
         cause: a text that is the same for the same cause in another start: without numbers and hosts.
         error: the error, in a line.
-        suspects: nodes that a report names as lost, or that have reported it, or that are unfit in the hardware check.
+        suspects: nodes that a report names as lost, or that are unfit in the hardware check.
+        reporter: the node whose side reports another one as lost, and which may be the one that is cut off; empty for none.
         unfit: nodes with a GPU that needs a reset or a repair, according to the driver, each with the Xid.
         is_mistake: whether another start would end the same way, wherever it runs.
         is_killed: whether a rank was killed by SIGKILL, and the others' report shows that all hosts answered: that is no node's fault.
@@ -141,6 +142,7 @@ class Blame:
     is_mistake: bool = False
     is_killed: bool = False
     unfit: Mapping[str, str] = field(default_factory=dict)
+    reporter: str = ""
 
     def __str__(self) -> str:
         who = f"rank {self.rank}" if self.rank >= 0 else "a rank"
@@ -165,9 +167,6 @@ def blame(evidence: Evidence) -> Blame:
         return _of_gpus(evidence, report, broken)
     host = evidence.node_of(report.host, report.rank)
     lost = [evidence.node_of(each.host, each.rank) for each in evidence.reports if each.cause is _LOST]
-    if report.cause is _LOST and report.rank:
-        # it is rank 0's side that reports it, and that may be the one that is cut off
-        lost.append(evidence.nodes[0])
     named = _named(report.text or report.error, evidence.nodes) if report.phase == HARDWARE_CHECK else []
     death = evidence.death
     is_bare = report.cause is DetectedBy.DISCONNECT and death is not None and report.rank in death.ranks
@@ -183,6 +182,8 @@ def blame(evidence: Evidence) -> Blame:
         tuple(dict.fromkeys(node for node in (*lost, *named) if node)),
         code in MISTAKES and report.phase != HARDWARE_CHECK,
         is_killed and report.is_composed and evidence.is_reported and not lost,
+        # another rank's loss is reported by rank 0's side
+        reporter=evidence.nodes[0] if report.cause is _LOST and report.rank else "",
     )
 
 

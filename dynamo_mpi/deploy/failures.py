@@ -166,8 +166,11 @@ class FailureHandler:
             idle = [node for node in nearest if node in self.spares.ready and node not in asked]
             nodes = (*(node for node in worker.nodes if node not in found.unfit), *idle[: len(worker.nodes)])
             is_explained = self._is_explained(worker, found)
-            inquiry = self.prober.begin(nodes, environment, found.suspects, has_probes=not is_explained)
-        self._cases[worker.name] = _Case(event, inquiry, found.unfit)
+            inquiry = self.prober.begin(
+                nodes, environment, found.suspects, reporter=found.reporter, has_probes=not is_explained
+            )
+        may_follow = self.max_restarts or self.spares.spares
+        self._cases[worker.name] = _Case(event, inquiry, found.unfit if may_follow else {})
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
         """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.
@@ -262,7 +265,8 @@ class FailureHandler:
     def _is_explained(self, worker: Worker, found: Blame) -> bool:
         """Return whether a lost node is all there is to find out: nothing is known against the worker's other nodes and the spares that
         would be used, and no NVLink domain is to be kept. The next start looks at the GPUs of both, and waits for their memory."""
-        gone = {node for node in worker.nodes if self.prober.is_known_lost(node, found.suspects)}
+        doubted = (*found.suspects, found.reporter)
+        gone = {node for node in worker.nodes if self.prober.is_known_lost(node, doubted)}
         used = self.nearest_spares(worker.name, found.host)[: len(gone)]
         return (
             bool(gone)

@@ -169,14 +169,14 @@ class Srun:
     def prepare(self, node: str) -> tuple[Command, ...]:
         """What makes a spare ready: the hardware check in the container, which brings the image; a copy of the model if that is staged."""
         words = spare_words(self.settings, self.source, self.run_dir, node)
-        check = self._with_folders()._on_node(node, f"spare-{node}", words, worker_environment(self.settings))
+        options, environment = (*_ON_ONE_NODE, f"--nodelist={node}"), worker_environment(self.settings)
+        # with the GPUs that a worker's step would get
+        own, more = self._with_folders(), self.settings.srun_args
+        check = own._step(f"spare-{node}", (*options, "--mpi=none"), more, words, environment, ())
         if self.settings.stage_dir is None:
             return (check,)
-        options = (*_ON_ONE_NODE, f"--mpi={self.settings.mpi}", f"--nodelist={node}")
-        environment, words = worker_environment(self.settings), only_stage_words(self.source)
-        more = self.settings.srun_args
-        stage = self._with_folders()._step(f"{COPY_STEP}{node}", options, more, words, environment, ())
-        return check, _on_nodes(stage, (node,))
+        with_mpi, words = (*options, f"--mpi={self.settings.mpi}"), only_stage_words(self.source)
+        return check, _on_nodes(own._step(f"{COPY_STEP}{node}", with_mpi, more, words, environment, ()), (node,))
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
         return self._on_node(self.nodes.head, name, words, environment)

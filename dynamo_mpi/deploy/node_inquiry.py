@@ -71,6 +71,7 @@ class NodeProber:
         environment: Mapping[str, str],
         suspects: Collection[str] = (),
         *,
+        reporter: str = "",
         has_probes: bool = True,
     ) -> Inquiry:
         """Begin to probe nodes. Call it from the main thread.
@@ -79,16 +80,17 @@ class NodeProber:
             nodes: their names.
             environment: the probes' environment.
             suspects: nodes that the worker's ranks have reported as lost: a connection that fails, too, is proof enough.
+            reporter: the node whose side has reported it, and which may be cut off itself.
             has_probes: whether nodes are probed; else only what is known of them is taken together.
         """
         self.hurry()
         steps = {}
         for node in nodes:
-            is_probed = has_probes and not self.is_known_lost(node, suspects)
+            is_probed = has_probes and not self.is_known_lost(node, (*suspects, reporter))
             command = self._builder.probe(node) if is_probed else None
             if command is not None:
                 steps[node] = start(command, environment, self._run_dir.log(command.name))
-        return Inquiry(self, tuple(nodes), steps, tuple(suspects))
+        return Inquiry(self, tuple(nodes), steps, tuple(suspects), reporter)
 
     def hurry(self) -> None:
         """Look at the nodes at once, and often for a while."""
@@ -97,12 +99,12 @@ class NodeProber:
 
     @property
     def is_hurried(self) -> bool:
-        """Whether the nodes are looked at often."""
+        """Whether something has failed, or may have, some seconds ago."""
         return self.watch is not None and self.watch.is_hurried
 
     def is_gone(self, node: str, suspects: Collection[str]) -> bool:
         """Return whether a node is lost that its peers have reported: a step on it would need many seconds to fail."""
-        return node in suspects and self.watch is not None and self.watch.is_silent(node)
+        return node in suspects and self.watch is not None and self.watch.is_unreachable(node)
 
     def is_known_lost(self, node: str, suspects: Collection[str]) -> bool:
         """Return whether a node is lost, also one that only its peers have reported and that doesn't answer."""
@@ -146,12 +148,20 @@ class Inquiry:
         nodes: their names.
         steps: by node, the probe's step; nodes without one are known to be lost, or need none.
         suspects: nodes that the worker's ranks have reported as lost.
+        reporter: the node whose side has reported it; empty for none.
     """
 
     def __init__(
-        self, prober: NodeProber, nodes: tuple[str, ...], steps: dict[str, Step], suspects: tuple[str, ...] = ()
+        self,
+        prober: NodeProber,
+        nodes: tuple[str, ...],
+        steps: dict[str, Step],
+        suspects: tuple[str, ...] = (),
+        reporter: str = "",
     ) -> None:
         self._prober, self.nodes, self._steps, self._suspects = prober, nodes, steps, suspects
+        # a connection that fails is proof enough for these
+        self._doubted = (*suspects, reporter)
         self._began = time.monotonic()
         self._problems: dict[str, str] = {}
         # nodes on which the probe has begun, and problems of those where it never has
@@ -162,7 +172,7 @@ class Inquiry:
 
     def poll(self) -> tuple[NodeHealth, ...] | None:
         """Return the nodes' health; None while it isn't known."""
-        gone = {node: _UNREACHABLE for node in self.nodes if self._prober.is_gone(node, self._suspects)}
+        gone = {node: _UNREACHABLE for node in self.nodes if self._prober.is_gone(node, self._doubted)}
         lost = {**gone, **self._prober.lost}
         if self._prober.is_waiting:
             self._began = time.monotonic()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # slurmd logs an error for each connection without a message: seldom, until there is a first sign that a node is ill
 CALM_SECONDS = 15.0
 LOOK_SECONDS = 2.0
-# so long after a failure, or the first sign
-HURRY_SECONDS = 60.0
+# so long after a failure, or the first sign; in the first of them, what follows is decided
+HURRY_SECONDS, FIRST_SECONDS = 60.0, 10.0
 # at each look SYNs are sent at least twice; a node that is busy answers in the kernel
 SILENT_SECONDS = 6.0
 # a question to slurmctld, which others need, too
@@ -68,9 +68,9 @@ class NodeWatch:
 
     @property
     def is_hurried(self) -> bool:
-        """Whether it looks often."""
+        """Whether something has failed, or may have, some seconds ago."""
         with self._lock:
-            return time.monotonic() < self._hurry_until
+            return time.monotonic() < self._hurry_until - HURRY_SECONDS + FIRST_SECONDS
 
     @property
     def controller_answers(self) -> bool:
@@ -101,6 +101,12 @@ class NodeWatch:
         """Return whether a node has answered no connection since at least one look."""
         with self._lock:
             return node in self._silent_since
+
+    def is_unreachable(self, node: str) -> bool:
+        """Return whether a node has answered no connection since at least one look, at which another node, or since which slurmctld, has
+        answered: so it isn't this host that is cut off."""
+        with self._lock:
+            return self._reached >= self._silent_since.get(node, float("inf"))
 
     def _run(self) -> None:
         asked = float("-inf")

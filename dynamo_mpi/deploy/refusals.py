@@ -71,7 +71,13 @@ def check_worker_flags(
                 return  # it may say which engine runs, and thus which flags there are
             sources = WorkerSources([*words, "--settings", path], sources.environ)
         try:
-            load_settings(sources, auto_engine)
+            role = load_settings(sources, auto_engine).role
+            if role != worker.role:
+                raise UsageError(
+                    f"--role is {role!r} behind --",
+                    expected="no role among the workers' flags: launch gives each worker its own",
+                    fix="leave it out there; launch --role agg for workers of one kind",
+                )
         except (ConfigFileError, UsageError) as error:
             problem = f"each {worker.role} worker would be refused: {error.problem}"
             raise type(error)(problem, expected=error.expected, fix=error.fix) from None
@@ -92,7 +98,14 @@ def check_root(mpirun: Sequence[str], environ: Mapping[str, str]) -> None:
     try:
         command = [*mpirun, "-n", "1", "true"]
         done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, errors="replace", timeout=_MPIRUN_SECONDS, check=False
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_MPIRUN_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return  # for other reasons, which its first step shows

@@ -226,6 +226,8 @@ def _change_fatal_error_delay(before: int, after: int) -> None:
 
     from mpi4py import MPI
 
+    if "OMPI_MCA_mpi_abort_delay" in os.environ:
+        return
     with contextlib.suppress(OSError, ValueError):
         delay = ctypes.c_int.in_dll(ctypes.CDLL(MPI.__file__), "opal_abort_delay")
         if delay.value == before:

@@ -255,10 +255,14 @@ class History:
     def note_gpu_error(self, content: object) -> None:
         """Record an Xid, which `GpuError.as_document` has encoded just now."""
         # an agent of a worker without GPUs, and every rank, does without it
-        from dynamo_mpi.common.xids import GpuError
+        from dynamo_mpi.common.xids import GpuError, needs_repair
 
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            self.gpu_errors = [*self.gpu_errors[1 - _MAX_GPU_ERRORS :], GpuError.of(content, time.monotonic())]
+            new = GpuError.of(content, time.monotonic())
+            # one fault brings many that follow from it: the first of each kind counts, and those that need a repair stay
+            if all((new.xid, new.uuid, new.host) != (each.xid, each.uuid, each.host) for each in self.gpu_errors):
+                ordered = sorted([*self.gpu_errors, new], key=lambda error: (needs_repair(error.xid), error.at))
+                self.gpu_errors = ordered[-_MAX_GPU_ERRORS:]
 
     def phase_at(self, when: float) -> str:
         """Return the phase at a time. Later phases may be consequences: after a death, the launcher's signal to rank 0 starts a drain."""

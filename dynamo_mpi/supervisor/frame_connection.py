@@ -139,7 +139,11 @@ class Silence:
         self._since: float | None = None
         self._is_known = False
 
-    def has_begun(self, now: float) -> float:
+    def forget(self) -> None:
+        """Begin anew: this process itself stood still."""
+        self._since = None
+
+    def noticed(self, now: float) -> float:
         """Return once for how long it has lasted, else 0. Call it before each heartbeat: what was just sent can't be acknowledged yet."""
         if not self._connection.has_unacked_data:
             self._since, self._is_known = None, False

@@ -246,9 +246,10 @@ class HeartbeatClient:
     def _compensate_stall(self, late: float) -> None:
         if late > _STALL_SECONDS:
             self._last_seen += late
+            self._silence.forget()
 
     def _check_timeouts(self, now: float) -> None:
-        seconds = self._silence.has_begun(now)
+        seconds = self._silence.noticed(now)
         if seconds and self._world.rank == (self._rendezvous.far_rank or 1):  # one of them is enough
             self._log.warning_aside(f"rank 0 on {self._rendezvous.host}: {silent_host(seconds)}")
         timeout = self._rendezvous.heartbeat_timeout_for(self.world_phase)

@@ -187,6 +187,7 @@ class HeartbeatServer:
             self._started_at += late
             for peer in self._peers.values():
                 peer.last_seen += late
+                peer.silence.forget()
 
     def _handle_commands(self) -> None:
         while not self._outbox.empty():
@@ -279,7 +280,7 @@ class HeartbeatServer:
         if timeout is None or self._closing:
             return
         for peer in self._peers.values():
-            if seconds := peer.silence.has_begun(now):
+            if seconds := peer.silence.noticed(now):
                 self._events.on_silence(peer.number, seconds)
             if not peer.done and now - peer.last_seen > timeout:
                 peer.done = True

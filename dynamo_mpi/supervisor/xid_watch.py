@@ -2,7 +2,7 @@
 """Listens for Xids of a node's GPUs, in the node's agent: NVML reports them to whoever listens when they happen, and keeps none.
 
 A thread waits inside NVML, so that nothing wakes up as long as nothing happens, and an NVML that hangs holds up nothing else. It begins after
-the preflight's result, if the ranks use GPUs; where NVML can't be used, nothing is listened for, without a word: the preflight has said it.
+the preflight's result, if the ranks use GPUs; where NVML can't be used at all, nothing is listened for, as the preflight has said already.
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ class XidWatch:
         nvml.nvmlInit()
         events, gpus = nvml.nvmlEventSetCreate(), {}
         for uuid in self._uuids:
-            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
-            # NVML may say nothing more of a GPU that is lost
-            gpus[addressof(handle.contents)] = nvml.nvmlDeviceGetIndex(handle), uuid
+            try:
+                handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
+                # NVML may say nothing more of a GPU that is lost
+                gpus[addressof(handle.contents)] = nvml.nvmlDeviceGetIndex(handle), uuid
+            except nvml.NVMLError as error:
+                warn(f"Xids of {uuid} aren't listened for: NVML: {error}", self._host)
         try:
             while True:
                 self._wait(nvml, events, gpus)
@@ -77,7 +80,8 @@ class XidWatch:
             event = nvml.nvmlEventSetWait_v2(events, _WAIT_MS)
         except nvml.NVMLError_Timeout:
             return
-        number, uuid = gpus.get(addressof(event.device.contents), (-1, ""))
+        # NVML may name no GPU
+        number, uuid = gpus.get(addressof(event.device.contents), (-1, "")) if event.device else (-1, "")
         error = GpuError(int(event.eventData), number, uuid, self._host, time.monotonic())
         self._seen.put(error)
         self._waker.wake()

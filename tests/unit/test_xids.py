@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.xids import CAUSE_SECONDS, GpuError, meaning, needs_repair
 from dynamo_mpi.deploy.blame import Evidence, RankReport, blame
-from dynamo_mpi.supervisor.agent_failures import Report, with_gpu_errors
+from dynamo_mpi.supervisor.agent_failures import History, Report, with_gpu_errors
 from dynamo_mpi.supervisor.xid_watch import XidWatch
 from tests.conftest import ROOT
 
@@ -71,6 +71,17 @@ def test_the_agent_hears_of_the_xids_of_the_ranks_gpus(describe: Callable[..., P
         (31, 1, "GPU-1", "n4"),
     ]
     assert all(time.monotonic() - one.at < 20 for one in errors)
+
+
+def test_what_follows_from_a_fault_doesn_t_push_it_out() -> None:
+    history = History(4)
+    now = time.monotonic()
+    follows = [GpuError(45, 0, f"GPU-{number}", "n3", now) for number in range(20)]
+    for each in (LOST, *follows, *follows):
+        history.note_gpu_error(each.as_document(now))
+    kept = [(each.xid, each.uuid) for each in history.gpu_errors]
+    assert (79, LOST.uuid) in kept
+    assert len(kept) == len(set(kept)) <= 8
 
 
 def test_a_report_has_what_the_driver_said_before() -> None:
