@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
@@ -47,6 +46,9 @@ class RankLogger:
 
     def warning_aside(self, text: str) -> None:
         """Log a warning from a thread of its own, as the caller must not wait for what reads the log."""
+        # not before the preflight's result, for which no rank needs threads
+        import threading
+
         threading.Thread(target=self.warning, args=(text,), name="warning", daemon=True).start()
 
     def error(self, text: str) -> None:

@@ -20,7 +20,8 @@ from typing_extensions import Self
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
-MARK = "DYN_TEST_RUN"
+# a name that no program takes for a setting of its own, and leaves out
+MARK = "TEST_RUN_MARK"
 FULL_SECONDS = 120.0
 
 
