@@ -37,11 +37,13 @@ class _Case(NamedTuple):
 
     Args:
         event: the failure.
+        found: its first cause.
         inquiry: asks the nodes; None if nothing depends on them.
         unfit: nodes that needn't be asked, as the driver has called a GPU broken, each with the reason.
     """
 
     event: FailureEvent
+    found: Blame
     inquiry: Inquiry | None
     unfit: Mapping[str, str]
 
@@ -170,7 +172,7 @@ class FailureHandler:
                 nodes, environment, found.suspects, reporter=found.reporter, has_probes=not is_explained
             )
         may_follow = self.max_restarts or self.spares.spares
-        self._cases[worker.name] = _Case(event, inquiry, found.unfit if may_follow else {})
+        self._cases[worker.name] = _Case(event, found, inquiry, found.unfit if may_follow else {})
 
     def due(self, worker: Worker, others: Sequence[str]) -> Action | None:
         """Return what follows the worker's failure, once; None while its nodes are asked, or if it hasn't failed.
@@ -181,11 +183,13 @@ class FailureHandler:
         """
         if worker.name not in self._cases:
             return None
-        event, inquiry, unfit = self._cases[worker.name]
+        event, found, inquiry, unfit = self._cases[worker.name]
         health: tuple[NodeHealth, ...] | None = ()
         if inquiry is not None:
             for node in set(inquiry.nodes) - {*worker.nodes, *self.spares.available}:
                 inquiry.drop(node)
+            if self._is_explained(worker, found):
+                inquiry.close()
             health = inquiry.poll()
         if health is None:
             return None

@@ -124,7 +124,7 @@ class NodeWatch:
                 with self._lock:
                     self._controller_answers = found is not None
                     if found is not None:
-                        self._seen, self._reached = found, began
+                        self._seen, self._reached = found, max(self._reached, began)
             if not is_known:
                 self._look()
             self._wake.wait(max(0.0, began + self._period() - time.monotonic()))

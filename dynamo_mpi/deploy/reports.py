@@ -15,7 +15,7 @@ import signal
 import time
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import MISTAKES, DynamoMpiError, ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
@@ -30,7 +30,7 @@ from dynamo_mpi.supervisor.failure_reports import write_failure
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.step_commands import Command
@@ -84,15 +84,23 @@ class Beginning(NamedTuple):
     @property
     def has_files(self) -> bool:
         """Whether a rank has written a failure file since then."""
-        return self.failures is not None and bool(_files(self.failures) - self.earlier)
+        return any(True for _ in self._contents())
 
     def reports(self) -> tuple[RankReport, ...]:
         """Return what the ranks' failure files have, the earliest first."""
         reports = []
-        for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                reports.append(RankReport.of(json.loads(read_own(Path(self.failures or "") / name))))
+        for content in self._contents():
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                reports.append(RankReport.of(content))
         return tuple(sorted(reports, key=lambda report: report.time))
+
+    def _contents(self) -> Iterator[dict[str, Any]]:
+        """Yield the failure files of this start: ranks of the one before may be cut off, and write theirs only now."""
+        for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
+            with contextlib.suppress(OSError, ValueError):
+                content = json.loads(read_own(Path(self.failures or "") / name))
+                if isinstance(content, dict) and content.get("attempt", self.origin.attempt) == self.origin.attempt:
+                    yield content
 
     def lost_hosts(self) -> dict[str, str]:
         """Return the hosts that the report of the whole worker names as lost, and why."""

@@ -77,8 +77,8 @@ class Rendezvous(NamedTuple):
 
     @property
     def silence_seconds(self) -> float:
-        """Seconds without an acknowledgement by a host after which rank 0 warns, a third of the timeout at most."""
-        return min(_MAX_SILENCE_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 3)
+        """Seconds without an acknowledgement by a host after which rank 0 warns, a quarter of the timeout at most."""
+        return min(_MAX_SILENCE_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 4)
 
     @property
     def heartbeat_interval(self) -> float:

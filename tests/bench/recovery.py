@@ -231,7 +231,6 @@ class Bench:
             with cluster(7) as slurm, deployed(slurm, folder, self.model) as (deployment, worker, streams):
                 for node, figures in (("n4", ours), ("n3", again)):
                     figures.append(worker.watch(functools.partial(deployment.kill, node, signal.SIGKILL), 90))
-                missed += undisturbed(streams)
                 with ExitStack() as stack:
                     peer = Peer(deployment, folder / "peer")
                     stack.callback(peer.end)
@@ -241,6 +240,8 @@ class Bench:
                     # srun to ready, with all files in the caches
                     warm.append(time.time() - began)
                     theirs.append(peer.watch(share * TICK_SECONDS))
+                # open until here, so that the peer has as much of this machine
+                missed += undisturbed(streams)
         self.warm = statistics.mean(warm)
         print(f"\na rank killed ({len(ours)} times each); a warm start takes {self.warm:.1f} s")
         show("launch", ours)

@@ -27,6 +27,7 @@ from dynamo_mpi.deploy.spares import SparePool
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController, Step, start
 from dynamo_mpi.deploy.worker_ends import last_silence
+from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE
 from dynamo_mpi.supervisor.failure_reports import silent_host
 from tests.dynamo.running import eventually
 
@@ -267,3 +268,17 @@ def test_which_hosts_a_workers_report_calls_lost(tmp_path: Path, cause: str, rep
     path.chmod(0o600)
     assert RankReport.of(json.loads(path.read_text())).host == "n4"
     assert begun.lost_hosts().keys() == hosts
+
+
+@pytest.mark.parametrize(("attempt", "is_own"), [(1, False), (2, True), (None, True)])
+def test_a_failure_file_of_an_earlier_start_is_not_this_ones(tmp_path: Path, attempt: int | None, is_own: bool) -> None:
+    worker = Worker("agg-0", "agg", "e.yaml", ("n3", "n4"), 1)
+    begun = Beginning.of(worker, Command("agg-0", "agg-0", (("--model", "m"),)), {ATTEMPT_VARIABLE: "2"}, tmp_path)
+    assert begun.origin.attempt == 2
+    # of a rank that is cut off, and writes it only now, into a folder that both sides see
+    content = {"rank": 0, "host": "n3", "phase": "serve", "cause": "host_unreachable", "exit_code": 75, "error": "x"}
+    named = {} if attempt is None else {"attempt": attempt}
+    path = tmp_path / "backend-rank-1.json"
+    path.write_text(json.dumps({**content, "time": time.time(), "report": "rank 0 on n3 is lost", **named}))
+    path.chmod(0o600)
+    assert (begun.has_files, bool(begun.reports()), begun.lost_hosts().keys() == {"n3"}) == (is_own,) * 3

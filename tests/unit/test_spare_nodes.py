@@ -384,3 +384,27 @@ def test_the_line_with_the_cause_of_a_spares_failure(output: str, shown: str, tm
     step = start(command, os.environ, tmp_path / "log")
     eventually(lambda: step.child.exit_code() is not None, "its end", 10)
     assert _failure(step, 255, None) == f"spare-n9 ended with exit code 255{shown}"
+
+
+def test_a_node_is_unreachable_from_the_look_on_at_which_another_one_has_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, looks, asks = NodeWatch(("n1", "n2")), list[bool](), list[bool]()
+
+    def look(_: object) -> dict[str, bool | None]:
+        looks.append(True)
+        return {"n1": True, "n2": len(looks) == 1}
+
+    def ask(_: object) -> dict[str, SlurmNode]:
+        asks.append(True)
+        if len(asks) == 2:  # after the second look, and about a moment before it
+            watch.close()
+        watch._wake.set()
+        return parse_nodes("NodeName=n1 State=ALLOCATED\nNodeName=n2 State=ALLOCATED\n")
+
+    monkeypatch.setattr(node_watch, "answering", look)
+    monkeypatch.setattr(node_watch, "ask_slurm_about", ask)
+    monkeypatch.setattr(node_watch, "SLURM_SECONDS", 0.0)
+    watch._run()
+    assert (len(looks), watch.is_silent("n2"), watch.is_unreachable("n2")) == (2, True, True)
+    assert not watch.is_unreachable("n1")
