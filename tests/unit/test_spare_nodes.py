@@ -405,6 +405,7 @@ def test_a_node_is_unreachable_from_the_look_on_at_which_another_one_has_answere
     monkeypatch.setattr(node_watch, "answering", look)
     monkeypatch.setattr(node_watch, "ask_slurm_about", ask)
     monkeypatch.setattr(node_watch, "SLURM_SECONDS", 0.0)
+    monkeypatch.setattr(node_watch, "LOOK_SECONDS", 0.0)
     watch._run()
     assert (len(looks), watch.is_silent("n2"), watch.is_unreachable("n2")) == (2, True, True)
     assert not watch.is_unreachable("n1")
