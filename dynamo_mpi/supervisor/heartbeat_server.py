@@ -36,6 +36,8 @@ _CLOSE_FLUSH_SECONDS = 1.0
 _STALL_SECONDS = 0.5
 _STALL_MEMORY_SECONDS = 2.0
 _ABORT_ACK_SECONDS = 0.5
+# after a rank's time is up, for the clock's resolution
+_DUE_SECONDS = 0.001
 
 
 class _Peer:
@@ -172,11 +174,11 @@ class HeartbeatServer:
                 continue
             self._compensate_stall(now - next_tick)
             self._join_handler.tick()
-            self._check_timeouts(now)
+            due = self._check_timeouts(now)
             if now >= next_heartbeat:
                 self._send_all(Frame(FrameType.HEARTBEAT))
                 next_heartbeat = now + self._rendezvous.heartbeat_interval
-            next_tick = min(now + tick, end or now + tick)
+            next_tick = min(now + tick, end or now + tick, due)
 
     def _compensate_stall(self, late: float) -> None:
         """If this thread was stopped or didn't get the GIL, extend the ranks' timeouts accordingly."""
@@ -275,10 +277,11 @@ class HeartbeatServer:
         if not (peer.done or self._closing):
             self._report_failure(peer.number, peer.phase, error, cause)
 
-    def _check_timeouts(self, now: float) -> None:
+    def _check_timeouts(self, now: float) -> float:
+        """Report ranks that have been silent for too long; return when the next one will have been."""
         timeout = self._rendezvous.heartbeat_timeout_for(self._phase())
         if timeout is None or self._closing:
-            return
+            return math.inf
         for peer in self._peers.values():
             if seconds := peer.silence.noticed(now):
                 self._events.on_silence(peer.number, seconds)
@@ -296,6 +299,8 @@ class HeartbeatServer:
             self._report_failure(
                 missing, "", never_connected(now - self._started_at, self._rendezvous), DetectedBy.HEARTBEAT
             )
+        oldest = min((peer.last_seen for peer in self._peers.values() if not peer.done), default=math.inf)
+        return max(oldest + timeout, now) + _DUE_SECONDS
 
     def _report_failure(self, number: int, phase: str, error: DynamoMpiError, cause: DetectedBy) -> None:
         # a rank that has just joined has not sent its phase yet
