@@ -85,13 +85,13 @@ class JoinHandler:
             self._open = True
 
     def close(self) -> None:
-        """Drop all unauthenticated connections and stop listening."""
-        for pending in list(self._pending.values()):
-            self._drop(pending).close()
+        """Stop listening, and drop all unauthenticated connections."""
         if self._open:
             self._selector.unregister(self._listener)
             self._open = False
         self._listener.close()
+        for pending in list(self._pending.values()):
+            self._drop(pending).close()
 
     def _accept(self) -> None:
         if not self._open:  # closed in the same round
