@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listens for Xids of a node's GPUs, in the node's agent: NVML reports them to whoever listens when they happen, and keeps none.
+"""Listens for Xids of a node's GPUs, in the node's agent: NVML reports them to processes that listen when they happen, and keeps none.
 
 A thread waits inside NVML, so that nothing wakes up as long as nothing happens, and an NVML that hangs holds up nothing else. It begins after
 the preflight's result, if the ranks use GPUs; where NVML can't be used at all, nothing is listened for, as the preflight has said already.
