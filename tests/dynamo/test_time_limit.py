@@ -24,6 +24,8 @@ NEEDED = {"reference": DRAIN + 30, "trtllm": DRAIN + DRAIN + 30 + 60}
 # on a busy machine a worker may be ready this late
 START_SECONDS = 30
 TRTLLM = ("--engine", "trtllm", "--allow-no-gpu", "--max-batch-size", "2")
+# a drain in which a busy machine finishes an answer
+AMPLE = ("--drain-timeout", "30")
 # two workers of one name have one model card
 CONTEXT = ("--max-seq-len", "512")
 Start = Callable[..., RunningWorker]
@@ -73,10 +75,10 @@ def test_a_signal_that_time_is_nearly_up_comes_to_all_ranks_and_more_than_once(
     start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
 ) -> None:
     # too short from the start: a warning, and no end
-    late = start("reference", model=model_dir, SLURM_JOB_END_TIME=str(int(time.time()) + 5))
+    late = start("reference", *AMPLE, model=model_dir, SLURM_JOB_END_TIME=str(int(time.time()) + 5))
     late.ready()
     assert "warning: the job's time ends at " in late.text()
-    other = start("trtllm", model=model_dir)
+    other = start("trtllm", *AMPLE, model=model_dir)
     other.ready()
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
