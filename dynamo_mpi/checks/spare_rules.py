@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a spare node can take the place of a worker's node: the preflight's rules over the two, before the spare is needed. Pure.
 
-What the preflight would refuse, and any difference of versions, makes a spare unfit; another difference is a note: a worker starts with it,
-with a warning. MPI's placement, variables and threads are the ranks' own, and can't be judged before there are ranks.
+What the preflight would refuse, and any difference of versions, makes a spare unfit. Files that differ make it doubtful: one that was
+edited after the worker's start is the same for both at its next one. Another difference is a note: a worker starts with it, with a warning.
+MPI's placement, variables and threads are the ranks' own, and can't be judged before there are ranks.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Comparison(NamedTuple):
 
     Args:
         problems: why no worker can run there together with the other nodes.
+        files: files that differ from those with which the worker has started.
         notes: what a worker's preflight would warn of.
     """
 
     problems: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -43,8 +46,8 @@ def compare(worker: NodeFacts, spare: NodeFacts) -> Comparison:
     findings = _findings(worker, spare)
     decisive = [each for each in findings if each.severity is Severity.ERROR or each.rule in _DECISIVE]
     notes = [each for each in findings if each not in decisive]
-    problems = (*_software(worker, spare), *_model(worker, spare), *map(describe, decisive))
-    return Comparison(problems, (*map(describe, notes), *_caches(worker, spare)))
+    problems = (*_software(worker, spare), *map(describe, decisive))
+    return Comparison(problems, tuple(_files(worker, spare)), (*map(describe, notes), *_caches(worker, spare)))
 
 
 def _software(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
@@ -54,7 +57,7 @@ def _software(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
         yield f"P4: Python is {spare.python}, on {worker.host} {worker.python}"
 
 
-def _model(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
+def _files(worker: NodeFacts, spare: NodeFacts) -> Iterator[str]:
     """P2, P3: the files that the ranks of a worker must have alike."""
     if worker.model_dir == spare.model_dir and worker.weight_names != spare.weight_names:
         counts = f"{spare.weights} of them, {worker.weights} on {worker.host}"

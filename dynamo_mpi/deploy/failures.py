@@ -102,7 +102,7 @@ class FailureHandler:
         return self.prober.lost.get(self.head, "")
 
     def nearest_spares(self, worker: str, node: str, domain: str = "") -> tuple[str, ...]:
-        """Return the spares that a worker can get, the best first.
+        """Return the spares that a worker can get, the best first, those with files that differ last.
 
         Args:
             worker: the worker.
@@ -110,9 +110,23 @@ class FailureHandler:
             domain: before them, those of this NVLink domain, that of the worker's other nodes; empty for the one that it had before.
         """
         domain = domain or self.spares.domain_of(worker)
-        fitting = tuple(spare for spare in self.spares.available if self.spares.fits(spare, worker))
-        spares, domains = self.prober.order(fitting, node), self.spares.domains
-        return tuple(sorted(spares, key=lambda spare: bool(domain) and domains.get(spare) != domain))
+        pool = self.spares
+        fitting = tuple(spare for spare in pool.available if not pool.problem(spare, worker))
+
+        def rank(spare: str) -> tuple[bool, bool]:
+            return bool(pool.doubt(spare, worker)), bool(domain) and pool.domains.get(spare) != domain
+
+        return tuple(sorted(self.prober.order(fitting, node), key=rank))
+
+    def unfit_spares(self, worker: str, *, with_doubts: bool = False) -> str:
+        """Return the spares that a worker can't get, with the reasons, as the end of a sentence; empty for none."""
+        pool = self.spares
+        reasons = {
+            each: pool.problem(each, worker) or (pool.doubt(each, worker) if with_doubts else "")
+            for each in pool.available
+        }
+        unfit = [f"{spare} ({why})" for spare, why in reasons.items() if why]
+        return f"; not fit for {worker}: {', '.join(unfit)}" if unfit else ""
 
     def look_at_nodes(self) -> list[str]:
         """Leave out spares that are lost or drained by now; return a warning for each other node that an administrator has begun to drain."""
@@ -202,7 +216,16 @@ class FailureHandler:
         event = replace(event, host=bad)
         domain = inquiry.domain_of(worker.nodes) if inquiry is not None else ""
         spares = self.nearest_spares(worker.name, bad, domain)
-        case = Situation(worker.nodes, (*before, event), self.max_restarts, health, spares, self.head, tuple(others))
+        case = Situation(
+            worker.nodes,
+            (*before, event),
+            self.max_restarts,
+            health,
+            spares,
+            self.head,
+            tuple(others),
+            self.unfit_spares(worker.name),
+        )
         action = decide(case)
         is_moved = isinstance(action, MoveToSpare) and action.is_forced
         self._events = [*before, replace(event, is_moved=is_moved)]

@@ -89,6 +89,7 @@ class Situation:
         spares: nodes that can take another's place, the best first.
         head: the node of the services.
         others: other workers of the role that serve, or will.
+        unfit: what is said about spares that the worker can't get.
     """
 
     nodes: tuple[str, ...]
@@ -98,6 +99,7 @@ class Situation:
     spares: tuple[str, ...] = ()
     head: str = ""
     others: tuple[str, ...] = ()
+    unfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _leave_out(case: Situation, bad: dict[str, str]) -> Action:
     lost = [node for node in case.nodes if node in bad]
     if len(case.spares) >= len(lost):
         return MoveToSpare(tuple(zip(lost, case.spares, strict=False)), 0.0, bad)
-    reason = f"no spare node is left for {', '.join(lost)} of {worker} ({bad[lost[0]]})"
+    reason = f"no spare node is left for {', '.join(lost)} of {worker} ({bad[lost[0]]}){case.unfit}"
     if case.others:
         return Degrade(reason, bad)
     return Stop(ExitCode.TEMPORARY, reason, bad)

@@ -31,11 +31,13 @@ class Judgement(NamedTuple):
 
     Args:
         problems: by worker, why it can't use the spare.
+        doubts: by worker, why it can use the spare only if it starts with other files than the last time.
         notes: what a worker's preflight would warn of.
         is_old: whether a worker has started since the spare's check.
     """
 
     problems: Mapping[str, str]
+    doubts: Mapping[str, str]
     notes: tuple[str, ...]
     is_old: bool
 
@@ -109,13 +111,15 @@ class SpareComparer:
         for seen in sorted(self._workers.values(), key=lambda seen: seen.mark):
             files |= seen.facts.files
         problems: dict[str, str] = {}
+        doubts: dict[str, str] = {}
         notes: list[str] = []
         for name, (_, facts) in self._workers.items():
             found = compare(facts._replace(files={path: files[path] for path in facts.files}), spare)
             notes += found.notes
-            if found.problems:
-                problems[name] = "; ".join(found.problems[:_MOST_SHOWN])
-        return Judgement(problems, tuple(dict.fromkeys(notes)), max(starts.values()) >= mark)
+            for reasons, kept in ((found.problems, problems), (found.files, doubts)):
+                if reasons:
+                    kept[name] = "; ".join(reasons[:_MOST_SHOWN])
+        return Judgement(problems, doubts, tuple(dict.fromkeys(notes)), max(starts.values()) >= mark)
 
     def _read_workers(self) -> None:
         with contextlib.suppress(OSError):

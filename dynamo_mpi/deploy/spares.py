@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dynamo_mpi.checks.node_probe import read_result
-from dynamo_mpi.deploy.spare_checks import SpareComparer
+from dynamo_mpi.deploy.spare_checks import Judgement, SpareComparer
 from dynamo_mpi.deploy.step_commands import COPY_STEP
 from dynamo_mpi.deploy.steps import Step, StepController, start
 
@@ -78,8 +78,7 @@ class SparePool:
         self._checked: set[str] = set()
         self._notes: dict[str, str] = {}
         self._comparer, self._workers = SpareComparer(run_dir.path), workers
-        # by spare, workers that can't use it, with the reason
-        self._unfit: dict[str, Mapping[str, str]] = {}
+        self._judged: dict[str, Judgement] = {}
         self.domains: dict[str, str] = {}
         """By node, the NVLink domain that its GPUs share with other nodes' ones; empty for none."""
 
@@ -97,14 +96,15 @@ class SparePool:
             if spare.state == PREPARING:
                 self._poll(spare.node)
         for node, found in self._comparer.look(self._checked.intersection(self.available)).items():
-            if found.problems and found.is_old:
+            if (found.problems or found.doubts) and found.is_old:
                 self._check_again(node)
                 continue
-            self._unfit[node] = found.problems
+            self._judged[node] = found
             if self._workers and len(found.problems) == self._workers:
                 self.fail(node, next(iter(found.problems.values())))
-            unfit = (f"not for {worker}: {why}" for worker, why in found.problems.items())
-            self._notes[node] = "; ".join([*unfit, *found.notes][:_MOST_SHOWN])
+            unfit = [f"not for {worker}: {why}" for worker, why in found.problems.items()]
+            doubtful = [f"the last choice for {worker}: {why}" for worker, why in found.doubts.items()]
+            self._notes[node] = "; ".join([*unfit, *doubtful, *found.notes][:_MOST_SHOWN])
 
     def _check_again(self, node: str) -> None:
         """Check a spare once more: a worker has started since, maybe with files that have been changed for all."""
@@ -148,9 +148,13 @@ class SparePool:
             for node, spare in self._spares.items()
         )
 
-    def fits(self, node: str, worker: str) -> bool:
-        """Return whether nothing is known that would keep a worker from starting on a spare."""
-        return worker not in self._unfit.get(node, {})
+    def problem(self, node: str, worker: str) -> str:
+        """Return why a worker can't start on a spare; empty if nothing is known that would keep it."""
+        return self._judged[node].problems.get(worker, "") if node in self._judged else ""
+
+    def doubt(self, node: str, worker: str) -> str:
+        """Return which files there differ from those with which the worker has started; empty for none."""
+        return self._judged[node].doubts.get(worker, "") if node in self._judged else ""
 
     def domain_of(self, worker: str) -> str:
         """Return the NVLink domain of a worker, as its last start that served has reported it; empty for none."""

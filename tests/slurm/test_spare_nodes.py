@@ -68,9 +68,23 @@ def unlike(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Dep
         found.process.end()
 
 
-def test_a_spare_with_another_engine_config_is_left_out_before_it_is_needed(unlike: Deployment) -> None:
-    unlike.wait_for_text("warning: the spare node n4 is left out: P2: /dev/shm/engine.yaml differs from that on n")
-    assert [spare["state"] for spare in status(unlike)["spares"]] == ["failed"]
+def test_a_spare_with_another_engine_config_is_known_before_it_is_needed_and_no_worker_moves_there_by_request(
+    unlike: Deployment,
+) -> None:
+    unlike.wait_for_text("ready: smollm2. Try:")
+    doubt = "P2: /dev/shm/engine.yaml differs from that on n"
+
+    def spare() -> tuple[str, str]:
+        (found,) = status(unlike)["spares"]
+        return found["state"], found["reason"]
+
+    eventually(lambda: f"the last choice for prefill-0: {doubt}" in spare()[1], "the spare is compared", 30)
+    assert spare()[0] == "ready"
+    words = (sys.executable, "-m", "dynamo_mpi", "replace", "n2", "--run-dir", unlike.run_dir)
+    done = unlike.slurm.exec(*words, env={"PYTHONPATH": str(ROOT)})
+    # the other decode worker serves, so that this one needn't start again
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "and no spare is left; not fit for decode-0: n4 (P2: " in json.dumps(status(unlike))
     os.kill(unlike.launcher(), signal.SIGINT)
     assert unlike.wait() == 130, unlike.text()
 

@@ -564,12 +564,12 @@ def test_a_spare_that_differs_from_all_workers_is_left_out_before_it_is_needed(
     assert 1 <= len((tmp_path / "checks-s1").read_text()) <= 3
 
 
-def test_a_spare_that_differs_from_one_worker_is_not_used_for_that_one(
+def test_a_spare_that_differs_from_one_worker_is_its_last_choice(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spare_checks, "LOOK_SECONDS", 0.05)
     prefill, decode = facts_of("m", prefill="p"), facts_of("n", decode="d")
-    known = "until grep -q 'not for decode-0: P2: /decode.yaml differs' deployment.json; do sleep 0.1; done"
+    known = "until grep -q 'the last choice for decode-0: P2: /decode.yaml differs' deployment.json; do sleep 0.1; done"
     fails = f'{serving_as(decode, tmp_path)}; if [ "$NODES" = n ]; then {known}; exit 137; else {WAIT}; fi'
     spares = facts_of("s1", prefill="p", decode="other"), facts_of("s2", prefill="p", decode="d")
     scripts = {"prefill": f"{serving_as(prefill, tmp_path)}; {WAIT}", "decode": fails}
@@ -699,7 +699,7 @@ def test_without_a_spare_another_worker_of_the_role_has_to_serve(run: Run, tmp_p
 @pytest.mark.parametrize(
     ("node", "why"),
     [
-        ("n", "no spare node is left, and no other worker of its role serves while decode-0 is away"),
+        ("n", "no spare node is left, and no other worker of its role serves while it is away"),
         ("head", "it is the head node"),
         ("z", "no worker and no spare of this deployment is there"),
     ],

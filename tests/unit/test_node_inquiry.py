@@ -23,6 +23,7 @@ from dynamo_mpi.deploy.nodes import Placement, Worker
 from dynamo_mpi.deploy.recovery import MoveToSpare
 from dynamo_mpi.deploy.reports import Beginning
 from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.spare_checks import Judgement
 from dynamo_mpi.deploy.spares import SparePool
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController, Step, start
@@ -144,6 +145,54 @@ def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_ou
     assert isinstance(action, MoveToSpare) and action.moves == ((SILENT, SPARE),)
     assert failures.workers[0].nodes == (HEALTHY, SPARE)
     failures.close()
+
+
+DIFFERS, OLD = "P2: /engine.yaml differs from that on n1", "P4: Python is cpython 3.10, on n1 cpython 3.12"
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "unfit", "used"),
+    [
+        ((), (), "n3"),
+        (("n3",), (), "n4"),
+        (("n3", "n4"), (), "n3"),
+        ((), ("n3",), "n4"),
+        (("n4",), ("n3",), "n4"),
+        ((), ("n3", "n4"), ""),
+    ],
+)
+def test_a_spare_with_other_files_is_the_last_choice_and_one_that_differs_otherwise_is_none(
+    prober: NodeProber,
+    monkeypatch: pytest.MonkeyPatch,
+    doubtful: Sequence[str],
+    unfit: Sequence[str],
+    used: str,
+) -> None:
+    gone: list[str] = []
+    spares = SparePool(
+        ("n3", "n4"), NoSteps(), MpirunStepController(), prober._run_dir, lambda *each: gone.append(each[0]), 1
+    )
+    spares.start({"PATH": "/usr/bin:/bin"})
+    found = {
+        node: Judgement(
+            {"agg-0": OLD} if node in unfit else {}, {"agg-0": DIFFERS} if node in doubtful else {}, (), False
+        )
+        for node in ("n3", "n4")
+    }
+    monkeypatch.setattr(spares._comparer, "look", lambda _: found)
+    spares.poll()
+    assert gone == list(unfit)
+    worker = Worker("agg-0", "agg", "config", (HEALTHY, SILENT), 1)
+    other = Worker("agg-1", "agg", "config", ("n0",), 1)
+    failures = FailureHandler(Placement((worker, other), ("n3", "n4"), "n0", ()), 3, spares, prober, prober._run_dir)
+    assert failures.nearest_spares("agg-0", SILENT)[:1] == ((used,) if used else ())
+    assert failures.unfit_spares("agg-0") == ""
+    said = failures.unfit_spares("agg-0", with_doubts=True)
+    assert said == (f"; not fit for agg-0: {', '.join(f'{node} ({DIFFERS})' for node in doubtful)}" if doubtful else "")
+    reasons = {spare.node: spare.reason for spare in spares.spares}
+    assert {node for node, reason in reasons.items() if reason == f"the last choice for agg-0: {DIFFERS}"} == {
+        *doubtful
+    }
 
 
 def test_a_warning_about_a_silent_host_lets_the_nodes_be_looked_at_once(tmp_path: Path) -> None:

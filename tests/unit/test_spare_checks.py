@@ -76,8 +76,8 @@ UNFIT: dict[str, tuple[NodeFacts, str]] = {
 def test_a_spare_that_a_preflight_would_refuse_beside_the_worker_is_unfit(what: str) -> None:
     spare, problem = UNFIT[what]
     found = compare(WORKER, spare)
-    assert len(found.problems) == 1, found
-    assert found.problems[0].startswith(problem)
+    (said,) = found.files if problem.startswith(("P2", "P3")) else found.problems
+    assert said.startswith(problem) and len((*found.files, *found.problems)) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_a_worker_starts_with_is_a_note(spare: NodeFacts, rules: list[str])
 
 def test_an_engine_without_requirements_of_hosts_compares_versions_and_files_alone() -> None:
     bare = WORKER._replace(host_facts=(), gpu_facts=())
-    assert compare(bare, facts("n5", HOST._replace(versions=()), NodeGpus())) == ((), ())
+    assert compare(bare, facts("n5", HOST._replace(versions=()), NodeGpus())) == ((), (), ())
     assert compare(bare, facts("n5", version="2.0")).problems
 
 
@@ -133,7 +133,7 @@ CPU = (("cpu", "avx512"), ("glibc", "2.39"))
     ],
 )
 def test_whether_a_spare_would_be_seeded_with_the_worker_s_compile_caches(spare: NodeFacts, notes: list[str]) -> None:
-    assert compare(facts("n1", HOST._replace(platform=CPU)), spare) == ((), tuple(notes))
+    assert compare(facts("n1", HOST._replace(platform=CPU)), spare) == ((), (), tuple(notes))
 
 
 @pytest.fixture
@@ -160,12 +160,12 @@ def worker_facts(model: Path) -> NodeFacts:
 
 def test_a_node_with_the_same_files_is_like_the_worker_s(model: Path) -> None:
     spare = facts_of_node(str(model), [str(model.parent / "engine.yaml")], os.environ)
-    assert (spare.problems, compare(worker_facts(model), spare)) == ([], ((), ()))
+    assert (spare.problems, compare(worker_facts(model), spare)) == ([], ((), (), ()))
     assert NodeFacts.of(json.loads(json.dumps(spare._asdict()))) == spare
     (model / "b.safetensors").write_bytes(b"")
     (model / "config.json").write_text("{}")
-    problems = compare(worker_facts(model), facts_of_node(str(model), [], os.environ)).problems
-    assert problems == (f"P3: {model} has other weight files: 2 of them, 1 on n1",)
+    files = compare(worker_facts(model), facts_of_node(str(model), [], os.environ)).files
+    assert files == (f"P3: {model} has other weight files: 2 of them, 1 on n1",)
 
 
 def test_a_folder_for_caches_that_isn_t_there_is_known(tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_a_file_that_was_changed_for_all_is_no_difference(tmp_path: Path, monkey
     # another one starts with the new file; the spare was checked before
     write(tmp_path / "ready" / "decode-1.json", {"node": facts("n2", files=changed)._asdict()})
     found = comparer.look(["n5"])["n5"]
-    assert (set(found.problems), found.is_old) == ({"decode-0", "decode-1"}, True)
+    assert (found.problems, set(found.doubts), found.is_old) == ({}, {"decode-0", "decode-1"}, True)
     comparer.forget("n5")
     assert comparer.look(["n5"]) == {}
     write(tmp_path / SPARES / "n5.json", facts("n5", files=changed)._asdict())
-    assert comparer.look(["n5"])["n5"] == ({}, (), False)
+    assert comparer.look(["n5"])["n5"] == ({}, {}, (), False)
