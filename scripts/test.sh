@@ -25,11 +25,25 @@ Environment:
 EOF
 }
 
-# run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails.
+# so many failures may be due to a machine that is busy with the other tests
+most_again=2
+again=()
+
+# run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails. One or two that start processes are run again by themselves, and
+# named at the end if they pass then.
 run_stage() {
-    local name=$1 started=$SECONDS
+    local name=$1 started=$SECONDS status=0 failed
     shift
-    "$venv/bin/python" -m pytest --stage "$name" "$@" || exit
+    "$venv/bin/python" -m pytest --stage "$name" "$@" || status=$?
+    if ((status)); then
+        [[ $status == 1 && $name != fast ]] || exit "$status"
+        mapfile -t failed < <("$venv/bin/python" -c \
+            'import json; print(*json.load(open(".pytest_cache/v/cache/lastfailed")), sep="\n")')
+        ((${#failed[@]} > 0 && ${#failed[@]} <= most_again)) || exit "$status"
+        printf '=== by themselves, once more: %s\n' "${failed[*]}"
+        "$venv/bin/python" -m pytest "${failed[@]}" || exit
+        again+=("${failed[@]}")
+    fi
     printf 'stage %s: %d s\n' "$name" $((SECONDS - started))
 }
 
@@ -65,3 +79,4 @@ run_stage fast -n "$cores" --dist worksteal "${selection[@]}" "$@"
 # these wait more than they compute
 run_stage parallel -n $((cores + 2)) --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
 run_stage alone "${selection[@]}" "$@"
+((${#again[@]} == 0)) || printf 'UNSTABLE, passed only when run again by itself: %s\n' "${again[@]}"
