@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.record_codec import read_fields
-from dynamo_mpi.deploy.run_files import open_run_dir, read_object, write_object
+from dynamo_mpi.deploy.run_files import EXCLUDED, open_run_dir, read_object, write_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.own_files import OwnFolder
 
-EXCLUDED = "excluded.json"
 _SCHEMA = 1
 
 

@@ -31,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.deploy.excluded import EXCLUDED, read_excluded, write_excluded
+from dynamo_mpi.deploy.excluded import read_excluded, write_excluded
 from dynamo_mpi.deploy.run_files import (
     DEPLOYMENT,
     ENDED,
+    EXCLUDED,
     LOCK,
     REPLACE,
     SERVICES_LOCK,
@@ -93,6 +94,7 @@ class _HeldFolder:
                 stack.callback(os.close, self._lock)
                 owner = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id}
                 os.write(self._lock, json.dumps(owner).encode())
+                os.fsync(self._lock)  # other nodes recognise the folder by it
                 self._prepare()
                 stack.pop_all()
         except OSError as error:
@@ -297,7 +299,6 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
 
 def _take_lock(folder: OwnFolder, name: str, held: tuple[str, str], warn: Callable[[str], None]) -> int:
     """Return the folder's locked and empty lock file."""
-    path = folder.path
     while True:
         lock = folder.open(name, os.O_RDWR | os.O_CREAT)
         try:
@@ -306,13 +307,13 @@ def _take_lock(folder: OwnFolder, name: str, held: tuple[str, str], warn: Callab
             owner = os.read(lock, 4096).decode(errors="replace")
             os.close(lock)
             raise UsageError(
-                f"{held[0]} {path}: {_owner(owner)}", expected="one folder for each", fix=held[1]
+                f"{held[0]} {folder.path}: {_owner(owner)}", expected="one folder for each", fix=held[1]
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(lock)
                 raise
-            warn(f"{path} can't be locked ({error.strerror}): make sure that no other job uses it")
+            warn(f"{folder.path} can't be locked ({error.strerror}): make sure that no other job uses it")
         if folder.holds(name, lock):
             os.ftruncate(lock, 0)
             return lock

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.credentials import variables_in
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
 from dynamo_mpi.common.folder_walk import ForeignFileError, UnsafeFileError
 from dynamo_mpi.common.own_files import OwnFolder
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEPLOYMENT, ENDED, LOCK, STOP, REPLACE = "deployment.json", "ended.json", "lock", "stop", "replace"
+EXCLUDED = "excluded.json"
 SERVICES_LOCK, SERVICES_LOGS = "services.lock", "services"
 TIMELINES = "timeline"
 """The subfolder for timelines of the start."""
+# files that stay in a folder that a deployment has used
+_MARKS = (LOCK, SERVICES_LOCK, DEPLOYMENT, ENDED, EXCLUDED)
+_MOST_LISTED = 5
 
 
 def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
@@ -29,17 +34,50 @@ def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
 
     Args:
         path: the folder.
-        create: create it, and the directories before it, where they don't exist.
+        create: for a deployment that starts: create it, and the directories before it, where they don't exist.
 
     Raises:
         AuthorizationError: it is another user's, or this user may not read it.
-        UsageError: others can write in it, or replace it.
+        UsageError: others can write in it, or replace it; or it is to be used by a deployment, and has other things in it.
         OSError: it doesn't exist, or can't be opened.
     """
     try:
-        return OwnFolder(path, guarded=True, create=create)
+        folder = OwnFolder(path, guarded=True, create=create)
     except PermissionError as error:
         raise _refusal(path, error) from None
+    if create:
+        with contextlib.ExitStack() as stack:
+            stack.callback(folder.close)
+            require_usable(folder)
+            stack.pop_all()
+    return folder
+
+
+def require_usable(folder: OwnFolder) -> None:
+    """Raise unless a deployment may use a folder: an empty one, or one in which one was started before.
+
+    Raises:
+        UsageError: it has other things in it, which a deployment could remove or overwrite.
+        OSError: it can't be read.
+    """
+    # a network file system keeps files that are still open under a hidden name
+    names = [name for name in folder.names() if not name.startswith(".")]
+    # these are all that a services process, or one that was killed at once, leaves
+    if set(names) <= {LOCK, SERVICES_LOCK, SERVICES_LOGS} or any(_is_ours(folder, name) for name in _MARKS):
+        return
+    listed = ", ".join(sanitize(name) for name in names[:_MOST_LISTED]) + (" …" if names[_MOST_LISTED:] else "")
+    raise UsageError(
+        f"the run folder {folder.path} has things that no deployment has left there: {listed}",
+        expected="a folder that doesn't exist yet, is empty, or is an earlier deployment's",
+        fix="another --run-dir, or DYN_MPI_RUN_DIR",
+    )
+
+
+def _is_ours(folder: OwnFolder, name: str) -> bool:
+    """Return whether a file is there, and is one that this project has written: all have a JSON object."""
+    with contextlib.suppress(ValueError):
+        return read_object(folder, name) is not None
+    return False
 
 
 def is_run_dir(folder: OwnFolder) -> bool:

@@ -713,8 +713,8 @@ def test_a_request_that_is_refused_changes_nothing(run: Run, tmp_path: Path, nod
 def requests(run: Run, tmp_path: Path, acts: Sequence[tuple[str, str]], last: str, **more: Any) -> tuple[int, str]:
     """Run a deployment until ``last`` is printed; for each pair print of a line follows a request for a node, or a file if it has a dot."""
     left = list(acts)
-    (tmp_path / "run" / "replace").mkdir(mode=0o700, parents=True)
-    (tmp_path / "run").chmod(0o700)
+    RunDir(tmp_path / "run").close()
+    (tmp_path / "run" / "replace").mkdir(mode=0o700)
 
     def act() -> None:
         if not left:
@@ -1017,9 +1017,9 @@ def test_what_a_node_agent_has_left_in_etcd_is_a_report(run: Run, tmp_path: Path
 
 
 def test_what_an_earlier_start_has_left_is_no_report_of_this_one(run: Run, tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").close()
     folder = tmp_path / "run" / "failures" / "decode-0"
     folder.mkdir(mode=0o700, parents=True)
-    (tmp_path / "run").chmod(0o700)
     (folder / "backend-rank-0.json").write_text("{}")
     with etcd_with_both() as (url, etcd):
         origin = WorkerIdentity.of(world("decode", launch="decode-0"))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.deploy.run_dir import RunDir, ServicesDir
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.deploy.run_dir import RunDir, ServicesDir, write_refusal
 from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
 
 VERBS = {
@@ -123,3 +124,34 @@ def test_doctor(make: Callable[[Path], None], status: str, code: int, tmp_path: 
     make(tmp_path / "folder")
     assert main(["doctor", "--only", "services", "--run-dir", str(tmp_path / "folder")]) == code
     assert f"{status} " in capsys.readouterr().out
+
+
+def of_another_program(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / "services.json").write_text('{"web": 80}')
+
+
+@pytest.mark.parametrize("make", [of_other_things, of_another_program])
+@pytest.mark.parametrize("start", [RunDir, lambda path: ServicesDir(path, None, print)])
+def test_a_folder_with_other_things_is_not_taken_over(
+    start: Callable[[Path], object], make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    make(folder)
+    before = {path: path.is_file() and path.read_text() for path in folder.rglob("*")}
+    with pytest.raises(UsageError, match="has things that no deployment has left there: ") as caught:
+        start(folder)
+    assert "is empty" in caught.value.expected and "--run-dir" in caught.value.fix
+    write_refusal(folder, 64, "the launch was refused")
+    assert {path: path.is_file() and path.read_text() for path in folder.rglob("*")} == before
+
+
+def test_a_folder_of_an_earlier_deployment_may_have_other_things(tmp_path: Path) -> None:
+    RunDir(tmp_path / "folder").close()
+    (tmp_path / "folder" / "notes").touch()
+    RunDir(tmp_path / "folder").close()
+
+
+def test_a_folder_in_which_a_launch_was_refused_can_be_used(tmp_path: Path) -> None:
+    write_refusal(tmp_path / "folder", 64, "the launch was refused")
+    RunDir(tmp_path / "folder").close()
