@@ -85,6 +85,16 @@ roles_of() {
     esac
 }
 
+# Prints which variables look misspelt, where the Python that launch needs is here, too: too few nodes are seen only in the job.
+warn_of_misspelt() {
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "${PYTHON:-python3}" - <<'END' >&2 2>/dev/null || true
+import os
+from dynamo_mpi.deploy.settings import unknown
+for line in unknown(os.environ):
+    print("sbatch_disaggregated.sh: warning:", line)
+END
+}
+
 submit() {
     local options=() arguments=() dry="" gpus spares nodes roles role flag names each workers command
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -100,6 +110,7 @@ submit() {
         esac
         shift
     done
+    warn_of_misspelt
     gpus=$(number_of --gpus-per-node 1 4 NUM_GPUS_PER_NODE)
     spares=$(number_of --spare-nodes 0 0 DYN_MPI_SPARE_NODES NUM_SPARE_NODES)
     nodes=$spares

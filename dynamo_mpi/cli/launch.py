@@ -25,7 +25,7 @@ from dynamo_mpi.common.os_errors import of_os_error
 from dynamo_mpi.common.process import DRAIN_SIGNALS, home_variable
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
-from dynamo_mpi.config.variables import known_only, unknown_variables
+from dynamo_mpi.config.variables import known_only
 from dynamo_mpi.deploy import no_kill
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.excluded import excluded_before
@@ -45,7 +45,7 @@ from dynamo_mpi.deploy.pyxis import Container, mount, read_user_options, resolve
 from dynamo_mpi.deploy.refusals import check_inputs, check_root, check_worker_flags
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
+from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings, unknown
 from dynamo_mpi.deploy.step_commands import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source, needs_kv_check
 from dynamo_mpi.deploy.steps import MpirunStepController, SlurmStepController, end_of_job
 from dynamo_mpi.mpi.job_time_limit import VARIABLE as END
@@ -107,7 +107,7 @@ def _refused_at(arguments: argparse.Namespace) -> Path | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for line in unknown_variables(os.environ).values():
+    for line in unknown(os.environ):
         _say(f"dynamo-mpi launch: warning: {line}")
     count, named = _split_nodes(arguments.agg_nodes)
     settings = read_settings({**vars(arguments), "agg_nodes": count}, arguments.further_words, os.environ)

@@ -7,7 +7,7 @@ from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 _PREFIX = "DYN_MPI_"
 _MOST_SHOWN = 60
@@ -25,21 +25,39 @@ TIMELINE TRTLLM_VERSION WARMUP_TIMEOUT WORLD_TIMEOUT
 KNOWN = frozenset(_NAMES.split())
 
 
-def unknown_variables(environ: Mapping[str, str]) -> dict[str, str]:
+def unknown_variables(environ: Mapping[str, str], more: Collection[str] = ()) -> dict[str, str]:
     """Return a warning for each variable that begins like ours and is none of them, by its name.
 
     Args:
         environ: the environment of this process.
+        more: names of variables without our prefix. Other programs' names begin like them, too, so only what resembles one is named.
     """
     warnings = {}
     for name in sorted(environ):
         if _is_unknown(name):
-            from difflib import get_close_matches
-
-            near = get_close_matches(name.removeprefix(_PREFIX)[:_MOST_SHOWN], sorted(KNOWN), n=1, cutoff=0.5)
-            fix = f"is {_PREFIX}{near[0]} meant?" if near else "docs/reference/settings.md has the names"
-            warnings[name] = f"unknown variable {sanitize(name, _MOST_SHOWN)}, which is ignored: {fix}"
+            near = _nearest(name, _PREFIX, [_PREFIX + known for known in KNOWN], 0.5)
+        elif name in more or not (near := _resembling(name, more)):
+            continue
+        fix = f"is {near} meant?" if near else "docs/reference/settings.md has the names"
+        warnings[name] = f"unknown variable {sanitize(name, _MOST_SHOWN)}, which is ignored: {fix}"
     return warnings
+
+
+def _resembling(name: str, known: Collection[str]) -> str:
+    """Return the known variable that begins with the same word, and is spelt nearly like a name or has all its words."""
+    words = name.split("_")
+    alike = sorted(each for each in known if len(words) > 1 and each.startswith(f"{words[0]}_"))
+    near = _nearest(name, f"{words[0]}_", alike, 0.7)
+    return near or next((each for each in alike if {*words} <= {*each.split("_")}), "")
+
+
+def _nearest(name: str, prefix: str, known: Collection[str], cutoff: float) -> str:
+    """Return the name that is spelt most like another one behind their prefix; empty if none is near."""
+    from difflib import get_close_matches
+
+    rests = sorted(each.removeprefix(prefix) for each in known)
+    near = get_close_matches(name.removeprefix(prefix)[:_MOST_SHOWN], rests, n=1, cutoff=cutoff)
+    return prefix + near[0] if near else ""
 
 
 def known_only(environ: Mapping[str, str]) -> dict[str, str]:

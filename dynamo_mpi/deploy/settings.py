@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, resolve, run_dir_option, to_count, to_folder, to_path, to_switch, to_text
 from dynamo_mpi.config.sources import to_seconds
+from dynamo_mpi.config.variables import unknown_variables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -218,6 +219,12 @@ OPTIONS: tuple[Option, ...] = (
         ("on", "warn", "off"),
     ),
 )
+
+
+def unknown(environ: Mapping[str, str]) -> list[str]:
+    """Return a warning for each variable that isn't ours and looks like it."""
+    names = {name for option in OPTIONS for name in option.variables if not name.startswith("DYN_")}
+    return list(unknown_variables(environ, names).values())
 
 
 @dataclass(frozen=True)

@@ -248,3 +248,18 @@ def test_flags_of_an_engine_that_may_be_in_the_image(image: str, code: int, tmp_
     done, _, error = refused_run(*words, IMAGE=image, MOUNTS=f"{tmp_path}:{tmp_path}")
     assert done == code, error
     assert ("Unrecognized arguments: --kv-events" in error) == (code == 64)
+
+
+def test_a_misspelt_variable_of_the_scripts_is_named() -> None:
+    code, _, error = refused_run(NUM_SPARE_NODE="1", PREFILL_ENGINE_CONFIG="/c.yaml", IMAGE="a#b")
+    assert (code, error) == (
+        0,
+        "dynamo-mpi launch: warning: unknown variable NUM_SPARE_NODE, which is ignored: is NUM_SPARE_NODES meant?\n",
+    )
+    variables = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "NUM_SPARE_NODE": "1"}
+    words = [str(ROOT / "scripts" / "sbatch_disaggregated.sh"), "--dry-run"]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
+    assert "warning: unknown variable NUM_SPARE_NODE, which is ignored: is NUM_SPARE_NODES meant?\n" in done.stderr
+    # the job can be submitted where no such Python is
+    done = subprocess.run(words, env=variables | {"PYTHON": "/nowhere"}, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

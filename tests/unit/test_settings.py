@@ -523,3 +523,25 @@ def test_a_misspelt_variable_comes_with_the_one_that_was_probably_meant(name: st
     assert warning.endswith(f", which is ignored: {fix}")
     assert len(warning) < 200
     assert known_only({name: "x", "DYN_MPI_STAGE": "y"}) == {"DYN_MPI_STAGE": "y"}
+
+
+MORE = ("NUM_NODES", "NUM_GPUS_PER_NODE", "NUM_SPARE_NODES", "STAGE_DIR", "CACHE_DIR", "PREFILL_ENGINE_CONFIG", "IMAGE")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("NUM_SPARE_NODE", "NUM_SPARE_NODES"),
+        ("NUM_SPARES", "NUM_SPARE_NODES"),
+        ("NUM_NODE", "NUM_NODES"),
+        ("NUM_GPUS", "NUM_GPUS_PER_NODE"),
+        ("STAGE_DIRS", "STAGE_DIR"),
+        ("CACHE_DIRR", "CACHE_DIR"),
+        ("PREFILL_CONFIG", "PREFILL_ENGINE_CONFIG"),
+        *((name, "") for name in (*MORE, "NUM_THREADS", "NUM_CORES", "NUM_", "CACHE_HOME", "IMAGES", "STAGE", "DIR")),
+    ],
+)
+def test_variables_without_our_prefix_are_named_only_if_they_resemble_one_of_ours(name: str, meant: str) -> None:
+    warning = f"unknown variable {name}, which is ignored: is {meant} meant?"
+    assert unknown_variables({name: "x"}, MORE) == ({name: warning} if meant else {})
+    assert unknown_variables({name: "x"}) == {}
