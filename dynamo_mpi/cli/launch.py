@@ -126,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> int:
     builder, step_controller = _launcher(settings, nodes, source, path)
     container = builder.container if isinstance(builder, Srun) else None
     mounts = None if container is None else container.mounts
-    check_worker_flags(settings, placement, mounts, os.environ)
+    for line in check_worker_flags(settings, placement, mounts, os.environ):
+        _say(f"dynamo-mpi launch: warning: {line}")
     if arguments.dry_run:
         refusal = check_inputs(settings, mounts, known_only(os.environ))
         if refusal is not None:

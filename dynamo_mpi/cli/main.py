@@ -57,7 +57,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, expected="flags and words as --help has them", fix=f"{self.prog} --help")
+        from dynamo_mpi.config.flags import did_you_mean  # for a mistake alone
+
+        meant = did_you_mean(message, self._option_string_actions)
+        raise UsageError(message, expected="flags and words as --help has them", fix=f"{meant}{self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

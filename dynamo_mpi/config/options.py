@@ -209,7 +209,10 @@ def usage_parser(expected: str = "", note: str = "", **settings: Any) -> Argumen
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message[:1].upper()}{message[1:]}", expected=expected, fix=f"{self.prog} --help{note}")
+            from dynamo_mpi.config.flags import did_you_mean
+
+            fix = f"{did_you_mean(message, self._option_string_actions)}{self.prog} --help{note}"
+            raise UsageError(f"{message[:1].upper()}{message[1:]}", expected=expected, fix=fix)
 
     return Parser(**settings)
 

@@ -107,6 +107,7 @@ class Settings:
         return engine_flags(vars(self))
 
 
+OWN_FLAGS = ("--settings", *(flag for option in OPTIONS for flag in option.flags))
 # accepted until 0.2
 _FORMER_NAMES = {"prove_timeout": "warmup_timeout"}
 
@@ -167,10 +168,14 @@ def load_settings(sources: WorkerSources, auto_engine: str = "") -> Settings:
         is_trtllm = role != "agg" or find_spec("tensorrt_llm") is not None
         values["engine"] = auto_engine or ("trtllm" if is_trtllm else "reference")
     if passed_on and values["engine"] != "trtllm":
+        from dynamo_mpi.config.flags import did_you_mean
+
+        problem = f"Unrecognized arguments: {' '.join(passed_on)}"
         raise UsageError(
-            f"Unrecognized arguments: {' '.join(passed_on)}",
+            problem,
             expected="the worker's flags",
-            fix="python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need --engine trtllm",
+            fix=f"{did_you_mean(problem, OWN_FLAGS)}python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need "
+            "--engine trtllm",
         )
     if passed_on and not passed_on[0].startswith("--"):
         raise UsageError(
@@ -179,6 +184,7 @@ def load_settings(sources: WorkerSources, auto_engine: str = "") -> Settings:
             fix="look at the quotes around values",
         )
     if values["engine"] == "trtllm":
+        unknown_flags(passed_on)
         _refuse_visual_generation(passed_on, environ)
     if values["model"] is None:
         raise UsageError("no model was given", expected="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
@@ -195,6 +201,19 @@ def load_settings(sources: WorkerSources, auto_engine: str = "") -> Settings:
     if values["endpoint"] is None:
         values["endpoint"] = f"dyn://{values['namespace']}.{values['component']}.generate"
     return Settings(**values, dynamic_flags=tuple(dynamic), passed_on=tuple(passed_on), origins=origins)
+
+
+def unknown_flags(passed_on: Sequence[str]) -> list[str]:
+    """Return a warning for each flag that perhaps not even ``dynamo.trtllm`` takes.
+
+    Raises:
+        UsageError: one is a misspelt flag.
+    """
+    if not passed_on:
+        return []
+    from dynamo_mpi.config.flags import foreign_flags
+
+    return foreign_flags(passed_on, OWN_FLAGS)
 
 
 def _refuse_visual_generation(words: Sequence[str], environ: Mapping[str, str]) -> None:

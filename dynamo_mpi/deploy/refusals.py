@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
 from dynamo_mpi.config.sources import WorkerSources
-from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.config.worker import load_settings, unknown_flags
 from dynamo_mpi.deploy.step_commands import check_flags, worker_environment, worker_flags
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.library import read_engine_config
@@ -47,8 +47,8 @@ class Refusal(NamedTuple):
 
 def check_worker_flags(
     settings: LaunchSettings, placement: Placement, mounts: Sequence[str] | None, environ: Mapping[str, str]
-) -> None:
-    """Read each role's flags and variables as its ranks will, for which they need no GPU and no package.
+) -> list[str]:
+    """Read each role's flags and variables as its ranks will, for which they need no GPU and no package; return warnings.
 
     Args:
         settings: the deployment's.
@@ -62,25 +62,28 @@ def check_worker_flags(
     """
     # an image, or another Python, may have TensorRT-LLM, which takes flags that aren't known here
     auto_engine = "trtllm" if mounts is not None or settings.python is not None else ""
+    warnings: dict[str, None] = {}
     for worker in {worker.role: worker for worker in placement.workers}.values():
         words = worker_flags(settings, worker, "/run")
         sources = WorkerSources(words, {**environ, **worker_environment(settings)})
         if sources.file_name:
             path = _here(sources.file_name, mounts)
             if path is None or not os.path.exists(path):
-                return  # it may say which engine runs, and thus which flags there are
+                return []  # it may say which engine runs, and thus which flags there are
             sources = WorkerSources([*words, "--settings", path], sources.environ)
         try:
-            role = load_settings(sources, auto_engine).role
-            if role != worker.role:
+            loaded = load_settings(sources, auto_engine)
+            warnings |= dict.fromkeys(unknown_flags(loaded.passed_on))
+            if loaded.role != worker.role:
                 raise UsageError(
-                    f"--role is {role!r} behind --",
+                    f"--role is {loaded.role!r} behind --",
                     expected="no role among the workers' flags: launch gives each worker its own",
                     fix="leave it out there; launch --role agg for workers of one kind",
                 )
         except (ConfigFileError, UsageError) as error:
             problem = f"each {worker.role} worker would be refused: {error.problem}"
             raise type(error)(problem, expected=error.expected, fix=error.fix) from None
+    return list(warnings)
 
 
 def check_root(mpirun: Sequence[str], environ: Mapping[str, str]) -> None:

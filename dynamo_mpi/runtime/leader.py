@@ -21,7 +21,7 @@ from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.process import forbid_core_dumps
 from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.variables import unknown_variables
-from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
+from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir, unknown_flags
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, describe_read_ahead, engine_spec
@@ -96,7 +96,8 @@ class LeaderRank:
                     settings = settings_to_only_stage(settings)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_status_hooks(settings)
-                for line in (*former_names(self._sources), *unknown_variables(os.environ).values()):
+                unknown = (*unknown_variables(os.environ).values(), *unknown_flags(settings.passed_on))
+                for line in (*former_names(self._sources), *unknown):
                     self._log.warning(line)
                 check_engine_installed(settings)
                 settings = resolve_model_dir(settings, os.environ)

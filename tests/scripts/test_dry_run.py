@@ -78,6 +78,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         ((), {"SRUN_ARGS": "'open"}, "words as a shell reads them"),
         (("--run-dir", "/a,b", "--prefill-nodes=2", "--decode-nodes=2"), {"IMAGE": "y"}, "Pyxis reads commas"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
+        (("--", "--tensor-paralel-size=8"), {}, "would be refused: unknown flag --tensor-paralel-size"),
         (("--dry-run", "--nodes", "n[1-4"), {}, "--nodes is 'n[1-4': '[1-4' is no further host"),
         (("--dry-run", "--nodes", "n[1-3]"), {}, "takes 4 nodes, and --nodes has 3 (n1, n2, n3)"),
         (("--nodes", "n[3-6]"), {}, "--nodes is 'n[3-6]', and job 1234 does not have n5, n6"),
