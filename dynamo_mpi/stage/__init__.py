@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies the checkpoint to every node once, reading the shared file system once for all of them.
 
+digest      of an extent: fast, against damage
 manifest    the files of a model, and the extents in which they are copied
 site        where to stage if the user has named no folder
 plan        what to stage, the same on all ranks
 file_system what the system knows of a file system and its files
 store       the copies on this node: locks, room, what is used, what is removed
+open_files  the files of a model, or of a copy
 partial     a copy that isn't complete: written, verified, then published as a whole
 pool        which node reads which extent
 wire        the messages between the nodes' helpers

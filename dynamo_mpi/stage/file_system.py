@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 
 from dynamo_mpi.common.cgroup import read_limits
 
-_CHUNK_BYTES = 4 << 20
 _SHARED_TYPES = frozenset(
     {"nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "9p", "afs", "fuse"}
 )
@@ -68,13 +66,3 @@ def size_on_disk(folder: str) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(here, name)).st_blocks * 512
     return total
-
-
-def digest_of(descriptor: int, offset: int, length: int) -> str:
-    """Return the digest of a part of a file; of what there is, if it is shorter."""
-    digest = hashlib.sha256()
-    end = offset + length
-    while offset < end and (data := os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)):
-        digest.update(data)
-        offset += len(data)
-    return digest.hexdigest()

@@ -22,7 +22,8 @@ from dynamo_mpi.common.process import host_name, raise_nofile_limit_to_hard, set
 from dynamo_mpi.stage.coordinator import CHANGED, FAILED, Coordinator
 from dynamo_mpi.stage.manifest import Manifest, SourceChangedError, StageError
 from dynamo_mpi.stage.member import Feeder, Place
-from dynamo_mpi.stage.partial import OpenFiles, PartialCopy
+from dynamo_mpi.stage.open_files import OpenFiles
+from dynamo_mpi.stage.partial import PartialCopy
 from dynamo_mpi.stage.store import State, Store
 from dynamo_mpi.stage.transfer import Transfer
 from dynamo_mpi.stage.wire import CONTROL, LineChannel, Listener, Peer, connect_to

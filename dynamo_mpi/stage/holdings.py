@@ -7,7 +7,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.stage.file_system import digest_of
+from dynamo_mpi.stage.digest import digest_of
 from dynamo_mpi.stage.manifest import SourceChangedError, StageError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from dynamo_mpi.common.display import sanitize
-from dynamo_mpi.stage.file_system import digest_of
+from dynamo_mpi.stage.digest import ALGORITHM, EARLIER, digest_of, is_known
 
 MIN_EXTENT, MAX_EXTENT = 8 << 20, 64 << 20
 """Bytes of an extent: smaller ones share out the work better, larger ones need fewer messages."""
@@ -69,12 +69,14 @@ class Manifest(NamedTuple):
         files: its files, sorted by path.
         extent_bytes: the longest extent.
         digests: of each extent, hexadecimal; empty as long as they aren't known.
+        algorithm: what they are.
     """
 
     source: str
     files: tuple[SourceFile, ...]
     extent_bytes: int = MIN_EXTENT
     digests: tuple[str, ...] = ()
+    algorithm: str = ALGORITHM
 
     @property
     def size(self) -> int:
@@ -98,7 +100,10 @@ class Manifest(NamedTuple):
 
     def to_json(self) -> str:
         """Encode it."""
-        return json.dumps(self._asdict(), separators=(",", ":"))
+        members = self._asdict()
+        # earlier versions take digests of this form for none, so that they neither check by them nor send them
+        members["digests"] = {members.pop("algorithm"): self.digests}
+        return json.dumps(members, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
@@ -112,8 +117,12 @@ class Manifest(NamedTuple):
             files = tuple(
                 SourceFile(str(path), int(size), int(at), str(blob)) for path, size, at, blob in members["files"]
             )
-            return cls(str(members["source"]), files, int(members["extent_bytes"]), tuple(map(str, members["digests"])))
-        except (KeyError, TypeError) as error:
+            digests = members["digests"]
+            ((algorithm, values),) = ({EARLIER: digests} if isinstance(digests, list) else digests).items()
+            return cls(
+                str(members["source"]), files, int(members["extent_bytes"]), tuple(map(str, values)), str(algorithm)
+            )
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a manifest: {error}") from None
 
 
@@ -171,14 +180,14 @@ def require_all_unchanged(manifest: Manifest) -> None:
 def has_digests(folder: str, manifest: Manifest) -> bool:
     """Read all files of a copy, and return whether their extents have the digests that were computed when they were copied."""
     extents = manifest.extents()
-    if len(manifest.digests) != len(extents):
+    if len(manifest.digests) != len(extents) or not is_known(manifest.algorithm):
         return False
 
     def is_right(number: int) -> bool:
         file, offset, length = extents[number]
         try:
             with open(os.path.join(folder, manifest.files[file].path), "rb", buffering=0) as stream:
-                return digest_of(stream.fileno(), offset, length) == manifest.digests[number]
+                return digest_of(stream.fileno(), offset, length, manifest.algorithm) == manifest.digests[number]
         except OSError:
             return False
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dynamo_mpi.stage.manifest import Manifest
-    from dynamo_mpi.stage.partial import OpenFiles
+    from dynamo_mpi.stage.open_files import OpenFiles
     from dynamo_mpi.stage.wire import LineChannel
 
 _STALLED_SECONDS = 5.0

@@ -4,68 +4,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.stage.manifest import StageError, require_unchanged
+from dynamo_mpi.stage.manifest import StageError
+from dynamo_mpi.stage.open_files import OpenFiles
 from dynamo_mpi.stage.store import MARKER, PARTIAL
 
 if TYPE_CHECKING:
     from dynamo_mpi.stage.manifest import Manifest
     from dynamo_mpi.stage.store import Store
-
-
-class OpenFiles:
-    """Descriptors of a model's files, each opened once. Thread-safe.
-
-    Args:
-        folder: the model's folder, or its copy's.
-        manifest: its files.
-        flags: as for `os.open`.
-        check: whether a file must be as the manifest has it.
-    """
-
-    def __init__(self, folder: str, manifest: Manifest, flags: int, *, check: bool = False) -> None:
-        self._folder, self._manifest, self._flags, self._check = folder, manifest, flags, check
-        self._lock = threading.Lock()
-        self._open: dict[int, int] = {}
-
-    def path(self, number: int) -> str:
-        """Return a file's path."""
-        return os.path.join(self._folder, self._manifest.files[number].path)
-
-    def descriptor(self, number: int) -> int:
-        """Return a file's descriptor.
-
-        Raises:
-            SourceChangedError: it isn't as the manifest has it.
-            OSError: it can't be opened.
-        """
-        found = self._open.get(number)
-        if found is None:
-            opened = os.open(self.path(number), self._flags | os.O_CLOEXEC, 0o600)
-            with self._lock:
-                found = self._open.setdefault(number, opened)
-            if found != opened:
-                os.close(opened)
-            self.require_unchanged(number)
-        return found
-
-    def require_unchanged(self, number: int) -> None:
-        """Check an open file again.
-
-        Raises:
-            SourceChangedError: it isn't as the manifest has it.
-        """
-        if self._check:
-            require_unchanged(self.path(number), self._manifest.files[number], os.fstat(self._open[number]))
-
-    def close(self) -> None:
-        """Close all."""
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
 
 
 class PartialCopy:

@@ -210,7 +210,8 @@ class Store:
         """Return whether a complete copy has digests of the extents in which the model is copied now."""
         with contextlib.suppress(OSError, ValueError):
             marker = self.read_marker(manifest.folder_name)
-            return marker.extent_bytes == manifest.extent_bytes and len(marker.digests) == len(manifest.extents())
+            is_alike = (marker.algorithm, marker.extent_bytes) == (manifest.algorithm, manifest.extent_bytes)
+            return is_alike and len(marker.digests) == len(manifest.extents())
         return False
 
     def read_marker(self, name: str) -> Manifest:

@@ -9,17 +9,16 @@ and a slow neighbour delays no other node.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import socket
 import threading
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.stage.digest import Crc32
 from dynamo_mpi.stage.holdings import Holdings
 from dynamo_mpi.stage.manifest import SourceChangedError, StageError
 from dynamo_mpi.stage.member import Member
-from dynamo_mpi.stage.partial import OpenFiles
+from dynamo_mpi.stage.open_files import Source, new_buffer, whole_pages
 from dynamo_mpi.stage.wire import pack_number, read_header, send_ready
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Transfer(Member):
     def __init__(self, place: Place, manifest: Manifest, copy: PartialCopy, channel: LineChannel) -> None:
         super().__init__(place, manifest, copy.files, channel)
         self._holdings = Holdings(manifest, copy)
-        self._source = OpenFiles(manifest.source, manifest, os.O_RDONLY, check=True)
+        self._source = Source(manifest)
         self._reading: set[int] = set()
         self._back: socket.socket | None = None
         self._back_lock = threading.Lock()
@@ -97,7 +96,7 @@ class Transfer(Member):
     # reading
 
     def _read_all(self, tries: bool) -> None:
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        buffer = new_buffer(CHUNK_BYTES)
         while self._end is None and not self._holdings.is_complete:
             self._channel.send("want", *self._wanted(tries))
             number = self._grants.get()
@@ -115,14 +114,14 @@ class Transfer(Member):
             if not self.read and not self._reading:
                 self._received_before = self.received
             self._reading.add(number)
-        digest = hashlib.sha256()
+        digest = Crc32()
         offset, end = extent.offset, extent.offset + extent.length
         try:
-            descriptor = self._source.descriptor(extent.file)
             while offset < end:
                 if self._end is not None:
                     return
-                count = os.preadv(descriptor, [buffer[: end - offset]], offset)
+                # at the end of a file, more is asked for than there is
+                count = min(self._source.read(extent.file, buffer[: whole_pages(end - offset)], offset), end - offset)
                 if not count:
                     raise SourceChangedError(f"{self._source.path(extent.file)} has become shorter while it was copied")
                 digest.update(buffer[:count])
@@ -181,7 +180,7 @@ class Transfer(Member):
             raise StageError(f"{self._predecessor} has sent something invalid")
         extent = extents[header.extent]
         offset, end, known = extent.offset, extent.offset + extent.length, self._holdings.has(header.extent)
-        digest = hashlib.sha256()
+        digest = Crc32()
         while offset < end:
             count = stream.recv_into(buffer[: end - offset], 0, socket.MSG_WAITALL)
             if not count:
@@ -194,7 +193,7 @@ class Transfer(Member):
             offset += count
         if known:
             return
-        if digest.digest() != header.digest:
+        if digest.hexdigest() != header.digest.hex():
             hint = "; --stage-verify digest finds out whether its copy is damaged" if self._place.fed else ""
             raise StageError(
                 f"{self._manifest.files[extent.file].path} has arrived damaged from {self._predecessor} "

@@ -33,9 +33,10 @@ _MAX_LINE = 1 << 20
 _TICK_SECONDS = 1.0
 # a receiver whose disk is busy may read nothing for a while
 _USER_TIMEOUT_MS = 120_000
-_HEADER = struct.Struct("!IIH32s")
+_HEADER = struct.Struct("!IIH4s")
 _NUMBER = struct.Struct("!I")
-_GO = b"\1"
+# the version of what follows; 1 had SHA-256
+_GO = b"\2"
 
 
 class Peer(NamedTuple):
@@ -116,10 +117,10 @@ def await_ready(stream: socket.socket) -> None:
     """Wait until the receiver can receive: it may make room for minutes, and TCP gives up a stream whose data it doesn't take.
 
     Raises:
-        ConnectionError: it has closed instead.
+        ConnectionError: it has closed instead, or is of another version.
     """
-    if not read_exactly(stream, len(_GO)):
-        raise ConnectionError("it has closed")
+    if (answer := read_exactly(stream, len(_GO))) != _GO:
+        raise ConnectionError("it is of another version" if answer else "it has closed")
 
 
 def shut(stream: socket.socket) -> None:
@@ -209,6 +210,8 @@ class Listener:
             if stream.recv(1) == _GO:
                 _prepare(stream)
                 self._admit(*divmod(number, _PLACES), stream)
+                return
+        stream.close()
 
 
 def connect_to(peer: Peer, token: str, node: int, number: int, seconds: float) -> socket.socket:
