@@ -53,24 +53,33 @@ def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
     return folder
 
 
-def require_usable(folder: OwnFolder) -> None:
-    """Raise unless a deployment may use a folder: an empty one, or one in which one was started before.
+def foreign_names(folder: OwnFolder) -> list[str]:
+    """Return the names of the things in a folder in which no deployment was ever started; a deployment could remove or overwrite them.
 
     Raises:
-        UsageError: it has other things in it, which a deployment could remove or overwrite.
-        OSError: it can't be read.
+        OSError: the folder can't be read.
     """
     # a network file system keeps files that are still open under a hidden name
     names = [name for name in folder.names() if not name.startswith(".")]
     # these are all that a services process, or one that was killed at once, leaves
-    if set(names) <= {LOCK, SERVICES_LOCK, SERVICES_LOGS} or any(_is_ours(folder, name) for name in _MARKS):
-        return
-    listed = ", ".join(sanitize(name) for name in names[:_MOST_LISTED]) + (" …" if names[_MOST_LISTED:] else "")
-    raise UsageError(
-        f"the run folder {folder.path} has things that no deployment has left there: {listed}",
-        expected="a folder that doesn't exist yet, is empty, or is an earlier deployment's",
-        fix="another --run-dir, or DYN_MPI_RUN_DIR",
-    )
+    is_usable = set(names) <= {LOCK, SERVICES_LOCK, SERVICES_LOGS} or any(_is_ours(folder, name) for name in _MARKS)
+    return [] if is_usable else names
+
+
+def require_usable(folder: OwnFolder) -> None:
+    """Raise unless a deployment may use a folder: an empty one, or one in which one was started before.
+
+    Raises:
+        UsageError: it has other things in it.
+        OSError: it can't be read.
+    """
+    if names := foreign_names(folder):
+        listed = ", ".join(sanitize(name) for name in names[:_MOST_LISTED]) + (" …" if names[_MOST_LISTED:] else "")
+        raise UsageError(
+            f"the run folder {folder.path} has things that no deployment has left there: {listed}",
+            expected="a folder that doesn't exist yet, is empty, or is an earlier deployment's",
+            fix="another --run-dir, or DYN_MPI_RUN_DIR",
+        )
 
 
 def _is_ours(folder: OwnFolder, name: str) -> bool:
@@ -155,6 +164,17 @@ class ServiceAccess(NamedTuple):
     url: str
     host: str
     environment: dict[str, str]
+
+
+def services_problem(folder: OwnFolder) -> str:
+    """Return why ``services.json`` can't be used; empty if it can, or doesn't exist."""
+    try:
+        content = read_object(folder, SERVICES)
+        if content is not None:
+            variables_in(content)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def read_services(folder: OwnFolder) -> ServiceAccess | None:

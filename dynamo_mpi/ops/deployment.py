@@ -15,8 +15,18 @@ from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, RetryableError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, run_dir_option, to_name, to_text
-from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, is_run_dir, open_run_dir, read_object, read_services
-from dynamo_mpi.ops.run_dirs import find_run_dir
+from dynamo_mpi.deploy.run_files import (
+    DEPLOYMENT,
+    ENDED,
+    LOCK,
+    foreign_names,
+    is_run_dir,
+    open_run_dir,
+    read_object,
+    read_services,
+    services_problem,
+)
+from dynamo_mpi.ops.run_dirs import NoRunDirError, find_run_dir
 
 if TYPE_CHECKING:
     import argparse
@@ -149,6 +159,8 @@ class Deployment:
         launch: the running launch; None if none runs.
         end: the end of the last launch; None if one runs.
         was_used: whether a deployment was ever started in the folder.
+        is_foreign: whether none will be started there: it has other things.
+        services_problem: why the folder's services.json can't be used; empty if it can, or doesn't exist.
     """
 
     run_dir: Path | None
@@ -157,6 +169,8 @@ class Deployment:
     launch: RunningLaunch | None = None
     end: DeploymentEnd | None = None
     was_used: bool = True
+    is_foreign: bool = False
+    services_problem: str = ""
 
     @property
     def has_services(self) -> bool:
@@ -193,6 +207,7 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
     Raises:
         UsageError: several deployments could be meant, or ``DYN_MPI_SERVICES_FILE`` can't be read.
         AuthorizationError: the folder, or that file, is another user's.
+        NoRunDirError: it is a file.
     """
     if run_dir is None:
         if any(environ.get(name) for name in _NAME_ETCD) and not environ.get("SLURM_JOB_ID"):
@@ -205,6 +220,8 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
     try:
         with open_run_dir(run_dir) as folder:
             return _read_deployment(run_dir, folder, environ)
+    except NotADirectoryError:
+        raise NoRunDirError(run_dir) from None
     except OSError:  # it doesn't exist (yet), or its file system fails for a moment
         return Deployment(run_dir, None)
 
@@ -219,7 +236,9 @@ def _read_deployment(run_dir: Path, folder: OwnFolder, environ: Mapping[str, str
     is_over = launch is None and found_environ is None
     end = _read_end(_read_or_empty(folder, ENDED)) if is_over else None
     url = "" if services is None else services.url
-    return Deployment(run_dir, found_environ, url, launch, end, is_run_dir(folder))
+    problem = "" if services is not None else services_problem(folder)
+    was_used, is_foreign = is_run_dir(folder), bool(foreign_names(folder))
+    return Deployment(run_dir, found_environ, url, launch, end, was_used, is_foreign, problem)
 
 
 def read_launch(run_dir: Path, folder: OwnFolder) -> RunningLaunch | None:

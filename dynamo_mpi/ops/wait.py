@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.common.errors import (
     AuthorizationError,
+    ConfigFileError,
     DiscoveryError,
     DynamoMpiError,
     EngineError,
@@ -23,6 +24,7 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
+from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.ops.deployment import Deployment, LauncherKilledError, find_deployment
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
@@ -49,7 +51,7 @@ REMINDER_SECONDS = (5.0, 120.0)
 # a deployment that ended before the wait may be restarted soon in the same folder
 _AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
-# between the end of a deployment and the start of the next, a folder may have no valid credentials
+# between the end of a deployment and the start of the next, a folder may have no valid credentials; and a file system may fail for a moment
 REFUSALS = 3
 QUESTION, ANSWER_TOKENS, ANSWER_SECONDS = "Say hello.", 8, 60.0
 
@@ -132,6 +134,7 @@ class ReadinessWaiter:
             outcome.error, outcome.exit_code = error, error.status
         except (
             AuthorizationError,
+            ConfigFileError,
             DiscoveryError,
             LayoutError,
             NoRunDirError,
@@ -148,6 +151,10 @@ class ReadinessWaiter:
         self._require_not_ended(deployment)
         self._was_launched = self._was_launched or deployment.launch is not None
         self._problem = None
+        if deployment.services_problem:
+            problem = f"{deployment.run_dir}/{SERVICES} can't be used: {sanitize(deployment.services_problem, 200)}"
+            fix = f"end the deployment (dynamo-mpi down --run-dir {shell_word(deployment.run_dir or '')}), and start it again"
+            return self._refuse("services", ConfigFileError(problem, expected="what the services write there", fix=fix))
         if deployment.environ is None:
             if deployment.launch is not None:
                 outcome.missing = [MissingItem("services", "not up yet")]
@@ -155,6 +162,8 @@ class ReadinessWaiter:
                 outcome.missing = [MissingItem("deployment", f"none runs in {deployment.run_dir}")]
                 if deployment.is_missing:  # a launch may make it
                     self._problem = NoRunDirError(deployment.run_dir)
+                    if deployment.is_foreign:  # a launch refuses it
+                        raise self._problem
             return False
         try:
             seconds = min(ETCD_SECONDS, max(1.0, self._end - time.monotonic()))
@@ -164,11 +173,7 @@ class ReadinessWaiter:
             outcome.missing = [MissingItem("etcd", error.problem)]
             return False
         except AuthorizationError as error:
-            self._refusals, self._problem = self._refusals + 1, error
-            if self._refusals >= REFUSALS:
-                raise
-            outcome.missing = [MissingItem("etcd", error.problem)]
-            return False
+            return self._refuse("etcd", error)
         self._refusals = 0
         outcome.status, outcome.missing = status, missing_items(status, request.roles)
         if failure := unrecoverable_failure(status, self._new(status), outcome.missing, request.roles):
@@ -182,6 +187,14 @@ class ReadinessWaiter:
         if not outcome.missing:
             outcome.missing = self._ask(status)
         return not outcome.missing
+
+    def _refuse(self, part: str, error: DynamoMpiError) -> bool:
+        """Return False; raise the error when it has come several times in a row."""
+        self._refusals, self._problem = self._refusals + 1, error
+        if self._refusals >= REFUSALS:
+            raise error
+        self._outcome.missing = [MissingItem(part, error.problem)]
+        return False
 
     def _require_not_ended(self, deployment: Deployment) -> None:
         end, launch = deployment.end, deployment.launch

@@ -375,6 +375,50 @@ def test_a_folder_that_goes_ends_the_wait(board: Board, run: Run, tmp_path: Path
     assert (code, f"the deployment in {tmp_path / 'run'} has ended" in err) == (75, True), err
 
 
+def test_what_can_never_be_a_run_folder_is_refused_at_once(board: Board, run: Run, tmp_path: Path) -> None:
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.touch()
+    other.mkdir(mode=0o700)
+    (other / "notes").touch()
+    for path in (file, file / "below", other):
+        code, out, err = run("--run-dir", str(path), "--output", "json")
+        content: dict[str, Any] = json.loads(out)
+        assert (code, content["error"]["exit_code"]) == (ExitCode.USAGE, 64), err
+        assert content["seconds"] < 30
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"environment": 1}'])
+@pytest.mark.parametrize("is_launched", [True, False])
+def test_services_that_make_no_sense_are_refused(
+    board: Board, run: Run, content: str, is_launched: bool, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run")
+    if not is_launched:
+        run_dir.close()
+    (tmp_path / "run" / "services.json").write_text(content)
+    code, _, err = run("--run-dir", str(tmp_path / "run"))
+    assert (code, f"{tmp_path}/run/services.json can't be used: " in err) == (ExitCode.DATA, True), err
+    assert "expected: what the services write there" in err and "dynamo-mpi down" in err
+
+
+def test_services_that_make_sense_later_are_no_reason(
+    board: Board, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A launch in the folder of a damaged one removes the file."""
+    monkeypatch.setattr(waiting, "REFUSALS", 1000)
+    describe(tmp_path / "run").close()
+    (tmp_path / "run" / "services.json").write_text("{")
+
+    def launch() -> None:
+        describe(tmp_path / "run")
+        serve(tmp_path / "run", environment={"ETCD_ENDPOINTS": board.url})
+        board.worker("prefill", phase="serve", launch="d-prefill-0")
+        board.worker("decode", phase="serve", launch="d-decode-0")
+
+    code, _, err = run("--run-dir", str(tmp_path / "run"), then=launch)
+    assert (code, "waiting for services: " in err) == (0, True), err
+
+
 def test_a_launch_that_is_refused_says_nothing_of_one_that_runs_there(board: Board, run: Run, tmp_path: Path) -> None:
     run_dir = describe(tmp_path / "run")
     (tmp_path / "hosts").write_text("localhost\n")
