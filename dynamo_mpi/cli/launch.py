@@ -41,9 +41,10 @@ from dynamo_mpi.deploy.nodes import (
     of_dry_run,
     of_hostfile,
 )
-from dynamo_mpi.deploy.pyxis import Container, mount, read_user_options, resolve_image
-from dynamo_mpi.deploy.refusals import check_inputs, check_root, check_worker_flags
+from dynamo_mpi.deploy.pyxis import Container, check_mounts, mount, read_user_options, resolve_image
+from dynamo_mpi.deploy.refusals import check_folders, check_inputs, check_root, check_worker_flags
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
+from dynamo_mpi.deploy.run_files import check_run_dir
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings, unknown
 from dynamo_mpi.deploy.step_commands import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source, needs_kv_check
@@ -128,7 +129,9 @@ def _run(arguments: argparse.Namespace) -> int:
     mounts = None if container is None else container.mounts
     for line in check_worker_flags(settings, placement, mounts, os.environ):
         _say(f"dynamo-mpi launch: warning: {line}")
+    check_folders(settings, in_job=nodes.job_id not in ("", STAND_IN_JOB))
     if arguments.dry_run:
+        check_run_dir(path)
         refusal = check_inputs(settings, mounts, known_only(os.environ))
         if refusal is not None:
             _say(f"dynamo-mpi launch: the deployment would be refused:\n{refusal.report}")
@@ -253,7 +256,9 @@ def _launcher(
         own = [mount(str(path), RUN_DIR_INSIDE)]
         if source.checkout is not None:
             own.append(mount(str(source.checkout), CHECKOUT_INSIDE, "ro"))
-        mounts = tuple(filter(None, [settings.mounts, *given.mounts, *own]))
+        theirs = list(filter(None, (settings.mounts, *given.mounts)))
+        check_mounts(",".join(theirs))
+        mounts = (*theirs, *own)
         container = Container(settings.image, mounts, (*_variables(_MPI_PARAMETERS), *given.variables))
         inside = RUN_DIR_INSIDE
     settings = replace(settings, srun_args=given.words)

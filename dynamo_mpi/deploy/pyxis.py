@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Pyxis separates mounts by commas and a mount's parts by colons, without quoting
 _SEPARATORS = ",:"
+_PATHS = ("/", ".")
 _FILES = (".sqsh", ".squashfs")
 _MERGED = {"--container-mounts": "PYXIS_CONTAINER_MOUNTS", "--container-env": "PYXIS_CONTAINER_ENV"}
 # with any other value than ours, Pyxis refuses the step or its ranks do
@@ -184,6 +185,26 @@ def mount(source: str, target: str, flags: str = "") -> str:
                 fix="move or link it, or another --run-dir",
             )
     return ":".join(filter(None, (source, target, flags)))
+
+
+def check_mounts(written: str) -> None:
+    """Raise what Pyxis would refuse in the user's mounts, before a step starts (args.c: parse_mount_option, add_mount). Pure.
+
+    Args:
+        written: all of them.
+
+    Raises:
+        UsageError: one is no mount.
+    """
+    for entry in written.split(",") if written else ():
+        source, colon, rest = entry.partition(":")
+        target = rest.partition(":")[0] if colon else source
+        if not (source.startswith(_PATHS) or source in ("tmpfs", "umount")) or not target.startswith(_PATHS):
+            raise UsageError(
+                f"Pyxis doesn't take {entry!r} for a mount, in {written!r}",
+                expected="HOST:CONTAINER[:FLAGS], separated by commas; both begin with / or ., or HOST is tmpfs or umount",
+                fix="correct --mounts (MOUNTS), or --container-mounts among srun's words",
+            )
 
 
 # lines of slurmstepd, after srun's label, and of srun for options that it refuses itself

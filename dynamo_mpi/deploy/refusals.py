@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `launch` refuses before anything starts: flags that the workers would refuse, and an mpirun that doesn't run as root. And what a dry
-run refuses beside, as the deployment would: engine configs that can't be read, and, where the model is here too, what `check` refuses.
+"""What `launch` refuses before anything starts: flags that the workers would refuse, folders for staging and caches that are none, and an
+mpirun that doesn't run as root. And what a dry run refuses beside, as the deployment would: engine configs that can't be read, and, where the
+model is here too, what `check` refuses.
 
 Paths are those of the steps. Without an image they are this machine's; with one, those below a mount whose source is here can be looked at.
 """
@@ -14,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings, unknown_flags
@@ -84,6 +86,32 @@ def check_worker_flags(
             problem = f"each {worker.role} worker would be refused: {error.problem}"
             raise type(error)(problem, expected=error.expected, fix=error.fix) from None
     return list(warnings)
+
+
+def check_folders(settings: LaunchSettings, *, in_job: bool) -> None:
+    """Look at the folders for staging and caches, as far as they are here.
+
+    Args:
+        settings: the deployment's.
+        in_job: whether this is an allocation, which has the cluster's file systems.
+
+    Raises:
+        UsageError: one is no folder; or the shared one, which an image's steps mount, isn't there.
+    """
+    for name, folder in (
+        ("--stage-dir (STAGE_DIR)", settings.stage_dir),
+        ("--cache-dir (CACHE_DIR)", settings.cache_dir),
+    ):
+        if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
+            raise UsageError(f"{name} is {folder}: no folder", expected="a folder", fix=f"correct {name}")
+    cache = settings.cache_dir
+    # each node has its own folder for staging; and where the one above is missing, so is the file system
+    if settings.image and in_job and cache is not None and os.path.isdir(cache.parent) and not os.path.exists(cache):
+        raise UsageError(
+            f"--cache-dir (CACHE_DIR) is {cache}, which isn't there, so the image's steps can't mount it",
+            expected="a folder on a file system that all nodes share",
+            fix=f"mkdir {shell_word(cache)}",
+        )
 
 
 def check_root(mpirun: Sequence[str], environ: Mapping[str, str]) -> None:

@@ -43,6 +43,7 @@ from dynamo_mpi.deploy.run_files import (
     TIMELINES,
     open_run_dir,
     read_services,
+    unusable,
     write_object,
 )
 from dynamo_mpi.deploy.step_commands import SERVICES
@@ -98,11 +99,7 @@ class _HeldFolder:
                 self._prepare()
                 stack.pop_all()
         except OSError as error:
-            raise UsageError(
-                f"the run folder {path} can't be used: {error.strerror}",
-                expected="a folder that all nodes see and that this user can make and write",
-                fix="--run-dir FOLDER, or DYN_MPI_RUN_DIR",
-            ) from None
+            raise unusable(path, error.strerror) from None
 
     @property
     def services_file(self) -> Path:

@@ -53,6 +53,32 @@ def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
     return folder
 
 
+def check_run_dir(path: Path) -> None:
+    """Raise what a deployment that starts in a folder would raise, as far as that is known without creating it.
+
+    Raises:
+        AuthorizationError, UsageError: as for `open_run_dir`; or it can't be created or used.
+    """
+    try:
+        with open_run_dir(path) as folder:
+            require_usable(folder)
+    except FileNotFoundError:
+        # further up, it may be a file system of the cluster, which isn't here
+        if path.parent.is_dir() and not os.access(path.parent, os.W_OK | os.X_OK):
+            raise unusable(path, f"{path.parent} isn't writable") from None
+    except OSError as error:
+        raise unusable(path, error.strerror) from None
+
+
+def unusable(path: Path, problem: str | None) -> UsageError:
+    """Return the error for a run folder that can't be created or used."""
+    return UsageError(
+        f"the run folder {path} can't be used: {problem}",
+        expected="a folder that all nodes see and that this user can make and write",
+        fix="--run-dir FOLDER, or DYN_MPI_RUN_DIR",
+    )
+
+
 def foreign_names(folder: OwnFolder) -> list[str]:
     """Return the names of the things in a folder in which no deployment was ever started; a deployment could remove or overwrite them.
 

@@ -264,3 +264,39 @@ def test_a_misspelt_variable_of_the_scripts_is_named() -> None:
     # the job can be submitted where no such Python is
     done = subprocess.run(words, env=variables | {"PYTHON": "/nowhere"}, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+IMAGE = {"IMAGE": "a#b", "PREFILL_ENGINE_CONFIG": "/in/p.yaml", "DECODE_ENGINE_CONFIG": "/in/d.yaml"}
+JOB_OF_FOUR = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({**IMAGE, "MOUNTS": "lustre:/lustre"}, "Pyxis doesn't take 'lustre:/lustre' for a mount"),
+        ({**IMAGE, "SRUN_ARGS": "--container-mounts=/a:b"}, "Pyxis doesn't take '/a:b' for a mount"),
+        ({**IMAGE, "CACHE_DIR": "{}/file"}, "--cache-dir (CACHE_DIR) is {}/file: no folder"),
+        ({**IMAGE, "STAGE_DIR": "{}/file"}, "--stage-dir (STAGE_DIR) is {}/file: no folder"),
+        ({**IMAGE, **JOB_OF_FOUR, "CACHE_DIR": "{}/none"}, "--cache-dir (CACHE_DIR) is {}/none, which isn't there"),
+        ({**IMAGE, "CACHE_DIR": "{}/none", "STAGE_DIR": "{}/none"}, ""),
+        ({**IMAGE, **JOB_OF_FOUR, "STAGE_DIR": "{}/none", "CACHE_DIR": "/nowhere/at/all"}, ""),
+        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}/file"}, "the run folder {}/file can't be used: Not a directory"),
+        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}"}, "the run folder {} has things that no deployment has left there: file"),
+        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}/new/run"}, ""),
+    ],
+)
+def test_folders_and_mounts_that_a_deployment_would_refuse(setting: dict[str, str], words: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    (tmp_path / "file").touch()
+    code, out, error = refused_run(**{name: value.replace("{}", str(tmp_path)) for name, value in setting.items()})
+    assert (code, bool(out)) == ((64, False) if words else (0, True)), error
+    assert words.replace("{}", str(tmp_path)) in error
+    assert not words or ("expected:" in error and "fix:" in error)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_another_users_run_folder(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    code, out, error = refused_run(DYN_MPI_RUN_DIR=str(tmp_path))
+    assert (code, out, "belongs to user 65534" in error) == (77, "", True)

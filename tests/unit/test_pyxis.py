@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common.errors import ExitCode, UsageError
-from dynamo_mpi.deploy.pyxis import Container, mount, pyxis_failure, read_user_options, resolve_image
+from dynamo_mpi.deploy.pyxis import Container, check_mounts, mount, pyxis_failure, read_user_options, resolve_image
 
 RECORDED = Path(__file__).resolve().parent.parent / "data" / "pyxis"
 IMAGE = "/images/dynamo.sqsh"
@@ -163,3 +163,19 @@ def test_a_folder_for_copies_is_mounted_unless_it_is_already() -> None:
         assert container.with_mount(folder) is container
     with pytest.raises(UsageError, match="can't be mounted"):
         container.with_mount("/a:b")
+
+
+@pytest.mark.parametrize("written", ["", "/a", "/a:/b", "./a:/b:ro+rprivate,/c:/d:", "tmpfs:/x,umount:/y", "/a:../b"])
+def test_mounts_that_pyxis_takes(written: str) -> None:
+    check_mounts(written)
+
+
+@pytest.mark.parametrize("wrong", ["", "a:/b", "/a:b", ":/b", "/a:", "/a::ro", "tmpfs", " /a:/b"])
+@pytest.mark.parametrize("before", ["", "/x:/y,"])
+def test_mounts_that_it_does_not_take(before: str, wrong: str) -> None:
+    if not before + wrong:
+        return
+    with pytest.raises(UsageError, match="Pyxis doesn't take") as caught:
+        check_mounts(before + wrong)
+    assert repr(wrong) in caught.value.problem
+    assert "HOST:CONTAINER" in caught.value.expected and "MOUNTS" in caught.value.fix

@@ -12,7 +12,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.run_dir import RunDir, ServicesDir, write_refusal
-from dynamo_mpi.deploy.run_files import is_run_dir, open_run_dir
+from dynamo_mpi.deploy.run_files import check_run_dir, is_run_dir, open_run_dir
 
 VERBS = {
     "status": ["status", "--run-dir"],
@@ -155,3 +155,12 @@ def test_a_folder_of_an_earlier_deployment_may_have_other_things(tmp_path: Path)
 def test_a_folder_in_which_a_launch_was_refused_can_be_used(tmp_path: Path) -> None:
     write_refusal(tmp_path / "folder", 64, "the launch was refused")
     RunDir(tmp_path / "folder").close()
+
+
+def test_a_folder_that_cannot_be_created_is_refused_unless_its_file_system_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    check_run_dir(tmp_path / "not here" / "run")
+    with pytest.raises(UsageError, match=f"{tmp_path} isn't writable"):
+        check_run_dir(tmp_path / "run")
