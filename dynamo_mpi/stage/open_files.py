@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a model or of a copy, open.
 
-The model's own are read past the page cache where their file system can: that saves a copy in memory, and leaves the cache to others.
+The model's own are read past the page cache where their file system is the node's and can: that saves a copy in memory, and leaves the cache
+to others. Over a network, read-ahead into the cache is what keeps several requests of a reader under way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.stage.file_system import file_system_type, is_shared
 from dynamo_mpi.stage.manifest import require_unchanged
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ class Source(OpenFiles):
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest.source, manifest, os.O_RDONLY | os.O_DIRECT, check=True)
+        direct = 0 if is_shared(file_system_type(manifest.source)) else os.O_DIRECT
+        super().__init__(manifest.source, manifest, os.O_RDONLY | direct, check=True)
 
     def read(self, number: int, buffer: memoryview, offset: int) -> int:
         """Read a part of a file; return how many bytes are in ``buffer``, none at the file's end.

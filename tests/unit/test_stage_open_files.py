@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.stage import open_files
 from dynamo_mpi.stage.manifest import SourceChangedError, scan
 from dynamo_mpi.stage.open_files import Source, new_buffer, whole_pages
 
@@ -105,3 +106,23 @@ def test_a_file_that_has_changed_is_not_read(source: Source, tmp_path: Path) -> 
     (tmp_path / "weights").write_bytes(CONTENT + b"more")
     with pytest.raises(SourceChangedError, match="weights has changed"):
         source.read(0, new_buffer(mmap.PAGESIZE), 0)
+
+
+@pytest.mark.parametrize(("kind", "direct"), [("ext4", True), ("lustre", False), ("nfs4", False)])
+def test_only_a_file_system_of_the_node_is_read_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, direct: bool
+) -> None:
+    (tmp_path / "weights").write_bytes(CONTENT)
+    asked = list[int]()
+    open_it = os.open
+    monkeypatch.setattr(open_files, "file_system_type", lambda _: kind)
+
+    def note(path: str, flags: int) -> int:
+        asked.append(flags)
+        return open_it(path, flags & ~os.O_DIRECT)
+
+    monkeypatch.setattr(os, "open", note)
+    source = Source(scan(str(tmp_path)))
+    assert read_all(source) == CONTENT
+    assert [bool(flags & os.O_DIRECT) for flags in asked] == [direct]
+    source.close()
