@@ -136,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for role, size in (("prefill", PREFILL_TP_SIZE), ("decode", DECODE_TP_SIZE)):
         text = f"ranks of the {role} worker, with --role disagg (default: --tp, else {size})"
         parser.add_argument(f"--{role}-tp", type=_positive, metavar="N", help=text)
-    parser.add_argument("--ask", metavar="TEXT", help="ask the model, print its answer")
+    parser.add_argument("--ask", type=_question, metavar="TEXT", help="ask the model, print its answer")
     parser.add_argument(
         "--max-tokens", type=_positive, default=128, metavar="N", help="limit of the answer (%(default)s)"
     )
@@ -257,6 +257,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a question")
+    return text
 
 
 def _file(text: str) -> Path:

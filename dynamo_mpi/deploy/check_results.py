@@ -46,7 +46,8 @@ def require_check(code: int, words: str) -> None:
     require_container("check", words)
     if code:
         found = f"the check refused the deployment with exit code {code}; nothing was launched"
-        raise StepFailed(found, status=code, log=words)
+        needed = "layouts in which the engine can run the model"
+        raise StepFailed(found, status=code, log=words, expected=needed, fix="correct what the check names")
 
 
 def require_kv_check(code: int, words: str, nodes: Sequence[str], *, is_needed: bool) -> str:
@@ -76,6 +77,7 @@ def require_kv_check(code: int, words: str, nodes: Sequence[str], *, is_needed: 
             + (f"\n{report}" if report else ""),
             status=code,
             log="" if report else words,
-            fix="" if report else "read the log; --kv-check off skips the check",
+            expected="KV that comes from each prefill node to each decode node",
+            fix="correct what the report names" if report else "read the log; --kv-check off skips the check",
         )
     return ""

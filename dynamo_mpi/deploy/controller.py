@@ -195,7 +195,13 @@ class DeploymentController:
     def _require_none_lost(self) -> None:
         """Check that all workers ended on request."""
         for name, reason in self._worker_steps.given_up.items():
-            raise StepFailed(f"{name} could not be started again: {reason}", status=ExitCode.TEMPORARY, log="")
+            raise StepFailed(
+                f"{name} could not be started again: {reason}",
+                status=ExitCode.TEMPORARY,
+                log="",
+                expected="every worker serves until it is asked to end",
+                fix="start the deployment again",
+            )
 
     @property
     def _end_seconds(self) -> float:
@@ -221,7 +227,8 @@ class DeploymentController:
         if why := self._failures.lost_head:
             self._failures.leave_out({self._placement.head: why})
             found = f"the head node {self._placement.head} is lost, with etcd, NATS and the frontend: {why}"
-            raise StepFailed(found, status=ExitCode.TEMPORARY, log="")
+            needed, fix = "a head node that answers", "start the deployment again"
+            raise StepFailed(found, status=ExitCode.TEMPORARY, log="", expected=needed, fix=fix)
         self._first.require_services()
 
     def _announce(self) -> bool:

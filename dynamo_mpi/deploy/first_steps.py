@@ -130,6 +130,7 @@ class FirstSteps:
                     f"the services don't answer after {seconds:g} s",
                     status=ExitCode.DEADLINE,
                     log=step.last_words(),
+                    expected="etcd, NATS and the frontend answer within --start-timeout",
                     fix="a longer --start-timeout if the image's import takes long",
                 )
             if waited := reminders.due():
@@ -141,6 +142,7 @@ class FirstSteps:
                         f"the services are ready, but {self._run_dir.path}/services.json can't be seen from here",
                         status=ExitCode.USAGE,
                         log=step.last_words(),
+                        expected="a run folder that the nodes and this host share",
                         fix="--run-dir on a file system that the nodes and this host share",
                     )
             self._pause()
@@ -166,4 +168,10 @@ class FirstSteps:
             found = f"the services ended with exit code {code}" + (
                 "" if code else ": another process has ended their step"
             )
-            raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
+            raise StepFailed(
+                found,
+                status=code or ExitCode.UNAVAILABLE,
+                log=step.last_words(),
+                expected="services that run as long as the deployment",
+                fix=f"correct the cause in the log, {step.child.log}, and start it again",
+            )

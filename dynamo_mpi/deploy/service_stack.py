@@ -174,6 +174,7 @@ class ServiceStack:
                 part=name,
                 status=ExitCode.DEADLINE,
                 log=self._log_of(process),
+                expected=f"an answer within {self._start_timeout:g} s",
                 fix=self._timeout_fix(process),
             )
         self._interrupts.pause(POLL_SECONDS)
@@ -212,6 +213,7 @@ class ServiceStack:
             part=process.name,
             status=self._status_of(process),
             log=self._log_of(process),
+            expected="a process that runs until it is asked to end",
             fix=self._exit_fix(process),
         )
 
@@ -231,7 +233,7 @@ class ServiceStack:
 
     def _exit_fix(self, process: LoggedProcess) -> str:
         """Return the fix after a process has ended."""
-        return ""
+        return "correct what the lines above name"
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
         """Return the fix for a process that isn't ready in time."""

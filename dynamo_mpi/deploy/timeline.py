@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.folder_walk import fix_for
-from dynamo_mpi.common.own_files import write_own
+from dynamo_mpi.common.own_files import make_folder, remove_own, write_own
 from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import (
     ENDED,
@@ -24,7 +24,7 @@ from dynamo_mpi.telemetry.startup_trace import (
     printable,
     read_traces,
 )
-from dynamo_mpi.telemetry.trace_writer import write_timeline
+from dynamo_mpi.telemetry.trace_writer import perfetto_path, write_timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -138,10 +138,28 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
     for page in pages:
         with contextlib.suppress(DynamoMpiError):
             starts += read_traces(page)
-    if not starts:
-        return
+    if starts:
+        with _refusing(path):
+            write_timeline(path, starts)
+
+
+def require_writable(path: Path) -> None:
+    """Check that a timeline can be written, before the start that it is of; one of an earlier start is removed.
+
+    Raises:
+        UsageError: it can't.
+    """
+    with _refusing(path):
+        make_folder(path.parent)
+        for file in (path, perfetto_path(path)):
+            write_own(file, b"")
+            remove_own(file)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        write_timeline(path, starts)
+        yield
     except OSError as error:
         raise UsageError(
             f"the timeline {path} can't be written: {error.strerror}",

@@ -211,7 +211,8 @@ class ReadinessWaiter:
                 found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
                 # a deployment that ended in order, with 0, isn't ready either
                 status = end.exit_code or ExitCode.TEMPORARY
-                raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
+                fix = f"look at {deployment.run_dir}/logs, start it again"
+                raise StepFailed(found, status=status, log="", expected="a running deployment", fix=fix)
         # checked twice: it may have ended between the check of its file and that of its process
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
             raise LauncherKilledError(deployment.run_dir)
@@ -312,5 +313,6 @@ def _failed(status: DeploymentStatus, failure: StoredFailure) -> StepFailed:
         f"it can't become ready: {text}",
         status=failure.record.exit_code,
         log=log,
+        expected="workers that start and serve",
         fix="correct the error, and start it again",
     )

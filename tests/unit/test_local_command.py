@@ -14,6 +14,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.deploy import programs
+from dynamo_mpi.deploy.local.stack import LocalStack
 from dynamo_mpi.deploy.services import curl_line
 
 
@@ -30,6 +31,8 @@ from dynamo_mpi.deploy.services import curl_line
         ["local", "--no-such-flag"],
         ["local", "--mpirun", "no-such-mpirun -x"],
         ["local", "--mpirun", ""],
+        ["local", "--ask", ""],
+        ["local", "--ask", " "],
     ],
     ids=" ".join,
 )
@@ -56,6 +59,19 @@ def test_a_taken_port_is_refused_before_anything_starts(capsys: pytest.CaptureFi
         port = server.getsockname()[1]
         assert main(["local", "--http-port", str(port)]) == ExitCode.USAGE
     assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file/start.html", "folder"])
+def test_a_timeline_that_cannot_be_written_is_refused_before_anything_starts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LocalStack, "spawn", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert main(["local", "--timeline", str(tmp_path / name)]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert f"the timeline {tmp_path / name} can't be written" in error and "expected:" in error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
 
 def test_json_output_has_failures_too(capsys: pytest.CaptureFixture[str]) -> None:

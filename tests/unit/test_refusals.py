@@ -53,7 +53,11 @@ def error_names() -> frozenset[str]:
             node.name
             for node in classes
             if any(isinstance(base, ast.Name) and base.id in names for base in node.bases)
-            and not any(isinstance(part, ast.FunctionDef) and part.name == "__init__" for part in node.body)
+            and all(
+                {"expected", "fix"} <= {each.arg for each in part.args.kwonlyargs}
+                for part in node.body
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+            )
         }
     return frozenset(names)
 

@@ -30,6 +30,7 @@ from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpe
 from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment, local_services
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
+from dynamo_mpi.deploy.timeline import draw_stack, require_writable
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.library import Worker, check
 
@@ -125,6 +126,8 @@ class LocalStack(ServiceStack):
             raise UsageError(
                 f"port {http_port} of {LOOPBACK} is taken", expected="a free port", fix="choose another --http-port"
             )
+        if self._settings.timeline is not None:
+            require_writable(self._settings.timeline)
         os.getcwd()  # mpirun needs one: raise before anything is started
         require_loopback()
         self._require_space()
@@ -237,8 +240,6 @@ class LocalStack(ServiceStack):
             UsageError: it can't be written.
         """
         if self._settings.timeline is not None:
-            from dynamo_mpi.deploy.timeline import draw_stack
-
             pages = [worker.timeline for worker in self._workers.values()]
             now = time.time()
             draw_stack(self._settings.timeline, pages, now - self.age, now, self.seconds)
@@ -338,7 +339,7 @@ class LocalStack(ServiceStack):
             return lacked
         if process.name in self._workers and process.exit_code() not in set(ExitCode):
             return "read the lines above: those of the ranks, of MPI and of its launcher"
-        return ""
+        return super()._exit_fix(process)
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
         return "a longer --timeout, or --verbose"
