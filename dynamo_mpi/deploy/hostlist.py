@@ -50,6 +50,8 @@ def expand(written: str, origin: str) -> tuple[str, ...]:
 
 
 def _hosts(written: str) -> Iterator[str]:
+    if (opened := written.count("[")) != (closed := written.count("]")):
+        raise ValueError("a [ isn't closed" if opened > closed else "a ] has no [ before it")
     at = 0
     while at < len(written):
         part = _PART.match(written, at)

@@ -271,10 +271,11 @@ def assign(settings: LaunchSettings, nodes: Nodes, excluded: Collection[str] = (
             else (where, "a larger allocation" if nodes.job_id else "more hosts in the file")
         )
         without = f", without the excluded {', '.join(excluded)}" if len(names) < len(nodes.names) else ""
+        fewer = ", or fewer spare nodes: NUM_SPARE_NODES" if settings.spare_nodes else ""
         raise UsageError(
             f"{listed}: that takes {counted(wanted, 'node')}, and {where} has {len(names)} ({', '.join(names)}){without}",
             expected=f"at least {counted(wanted, 'node')}",
-            fix=f"{more}, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
+            fix=f"{more}, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS{fewer}",
         )
     # all that is left over, where the user gave more nodes, stays as it was: unused
     last = [name for name in names[:wanted] if name != nodes.head]

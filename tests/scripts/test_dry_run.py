@@ -79,7 +79,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         (("--run-dir", "/a,b", "--prefill-nodes=2", "--decode-nodes=2"), {"IMAGE": "y"}, "Pyxis reads commas"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
         (("--", "--tensor-paralel-size=8"), {}, "would be refused: unknown flag --tensor-paralel-size"),
-        (("--dry-run", "--nodes", "n[1-4"), {}, "--nodes is 'n[1-4': '[1-4' is no further host"),
+        (("--dry-run", "--nodes", "n[1-4"), {}, "--nodes is 'n[1-4': a [ isn't closed"),
         (("--dry-run", "--nodes", "n[1-3]"), {}, "takes 4 nodes, and --nodes has 3 (n1, n2, n3)"),
         (("--nodes", "n[3-6]"), {}, "--nodes is 'n[3-6]', and job 1234 does not have n5, n6"),
         (("--nodes", "2x"), {}, "--nodes is '2x', and job 1234 does not have 2x"),
@@ -97,7 +97,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         (("--", "stray"), {"IMAGE": "a"}, "'stray' belongs to no flag"),
         (("--engine", "reference", "--", "--publish-events"), {}, "Unrecognized arguments: --publish-events"),
         (("--dry-run",), {"DYN_MPI_CPU_BIND": "bad"}, "environment DYN_MPI_CPU_BIND is 'bad'"),
-        (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': '[1-' is no further host"),
+        (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': a [ isn't closed"),
     ],
 )
 def test_a_mistake_is_reported_before_anything_runs(

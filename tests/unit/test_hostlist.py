@@ -47,6 +47,13 @@ def test_what_is_no_list_is_refused_with_a_fix(written: str) -> None:
     assert caught.value.fix
 
 
+@pytest.mark.parametrize(("written", "why"), [("n[1-4", "a [ isn't closed"), ("n1-4],x", "a ] has no [ before it")])
+def test_a_bracket_without_its_other_is_named(written: str, why: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        expand(written, "--nodes")
+    assert caught.value.problem == f"--nodes is {written!r}: {why}"
+
+
 def test_a_dry_run_takes_the_nodes_of_the_list_and_the_head_of_this_step() -> None:
     nodes = of_dry_run({"SLURM_JOB_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n2", "SLURM_JOB_ID": "7"}, 2)
     assert (nodes.names, nodes.head, nodes.job_id) == (("n1", "n2", "n3"), "n2", "7")

@@ -128,6 +128,10 @@ def test_too_few_nodes_for_the_spares_are_refused() -> None:
     assert "1 decode worker x 1 node, 2 spare nodes: that takes 4 nodes, and job 12 has 3 (n1, n2, n3)" in str(
         refused.value
     )
+    assert refused.value.fix.endswith(" and their _WORKERS, or fewer spare nodes: NUM_SPARE_NODES")
+    with pytest.raises(UsageError) as refused:
+        assign(settings(), Nodes(("n1",), "n1", "12"))
+    assert "NUM_SPARE_NODES" not in refused.value.fix
     with pytest.raises(UsageError, match=r"has 1 \(n2\), without the excluded n1"):
         assign(settings(spare_nodes="1"), Nodes(("n1", "n2"), "n1", "12"), ("n1",))
 
