@@ -9,7 +9,8 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    printf '%s\n' "$python isn't there, or isn't Python 3.10 or newer" "  fix:      name another interpreter: PYTHON=/path/to/python3" >&2
+    printf '%s\n' "$python isn't there, or isn't Python 3.10 or newer" "  expected: Python 3.10 or newer" \
+        "  fix:      name another interpreter: PYTHON=/path/to/python3" >&2
     exit 64
 fi
 exec "$python" -m dynamo_mpi "$@"

@@ -21,7 +21,8 @@ fits() {
 find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
-        fits "$PYTHON" || fail 64 "PYTHON=$PYTHON is not a Python 3.10 or newer"
+        fits "$PYTHON" || fail 64 "PYTHON=$PYTHON is not a Python 3.10 or newer" \
+            "  expected: Python 3.10 or newer" "  fix:      PYTHON=/path/to/python3, or unset PYTHON"
         printf '%s\n' "$PYTHON"
         return
     fi
@@ -31,7 +32,7 @@ find_python() {
             return
         fi
     done
-    fail 64 "no Python 3.10 or newer on PATH" "  fix:      install one, or name it: PYTHON=/path/to/python3 $0"
+    fail 64 "no Python 3.10 or newer on PATH" "  expected: python3, or a python3.10 to python3.14" "  fix:      install one, or name it: PYTHON=/path/to/python3 $0"
 }
 
 # step TEXT COMMAND...: runs the command silently; one line with its seconds, or its whole output when it fails.
@@ -42,7 +43,7 @@ step() {
     if ! "$@" >"$log" 2>&1; then
         cat "$log" >&2
         rm -f "$log"
-        fail 69 "failed: $text" "  ran:    $*"
+        fail 69 "failed: $text" "  ran:      $*" "  expected: packages from PyPI" "  fix:      read the lines above, and run it again"
     fi
     rm -f "$log"
     printf '%s (%d s)\n' "$text" $((SECONDS - started)) >&2
@@ -52,6 +53,7 @@ make_venv() {
     local python
     python=$(find_python)
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail 64 "$python has no venv module" \
+        "  expected: a Python that makes virtual environments" \
         "  fix:      install it (Debian, Ubuntu: apt-get install python3-venv), or PYTHON=… names another interpreter"
     # A half-made .venv of an interrupted run would look like a whole one.
     step "made .venv with $("$python" --version)" "$python" -m venv --clear "$venv"

@@ -152,7 +152,8 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     submit "$@"
 fi
 if [[ ! -x $root/scripts/srun_disaggregated.sh ]]; then
-    printf '%s\n' "no scripts/srun_disaggregated.sh in $root" "  fix:      submit from the checkout, or export DYN_MPI_CHECKOUT=…" >&2
+    printf '%s\n' "no scripts/srun_disaggregated.sh in $root" "  expected: the checkout" \
+        "  fix:      submit from the checkout, or export DYN_MPI_CHECKOUT=…" >&2
     exit 64
 fi
 
@@ -186,6 +187,7 @@ requeue() {
     trap '' TERM
     scontrol requeue "$SLURM_JOB_ID" || {
         printf '%s\n' "scontrol requeue $SLURM_JOB_ID failed ($?): the job isn't put back into the queue" \
+            "  expected: a job that may be requeued" \
             "  fix:      submit it again${bad:+ with --exclude=$bad}; whether it may be requeued: scontrol show job, Requeue" >&2
         exit "$code"
     }

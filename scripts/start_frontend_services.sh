@@ -32,7 +32,8 @@ if [[ -z ${PYTHON:-} ]] && ! has_dynamo python3 && has_dynamo "$root/.venv/bin/p
     python=$root/.venv/bin/python
 fi
 if ! command -v "$python" >/dev/null; then
-    printf '%s\n' "no $python on PATH" "  fix:      name an interpreter: PYTHON=/path/to/python3 $0" >&2
+    printf '%s\n' "no $python on PATH" "  expected: a Python that has Dynamo" \
+        "  fix:      name an interpreter: PYTHON=/path/to/python3 $0" >&2
     exit 64
 fi
 

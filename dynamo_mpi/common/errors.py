@@ -20,17 +20,17 @@ class ExitCode(IntEnum):
     USAGE = 64
     """Wrong flags, or a launch that cannot form the requested world."""
     DATA = 65
-    """A file's content is invalid (YAML, JSON)."""
+    """A file cannot be used: its content is invalid (YAML, JSON), or a file of settings cannot be read or differs between ranks."""
     NO_MODEL = 66
-    """The model, or one of its files, cannot be read."""
+    """The model, or one of its files, cannot be read, is damaged, or differs between nodes; or a node has not the image or a mount."""
     UNAVAILABLE = 69
-    """etcd or NATS does not answer."""
+    """etcd or NATS does not answer, has ended, or cannot be started; or a script could not install what it needs."""
     ENGINE = 70
-    """The engine failed during load, first completion or serving."""
+    """The engine failed during load, first completion or serving; or the frontend has ended, or a file system has failed."""
     TEMPORARY = 75
     """An external failure: start the worker again."""
     NOT_AUTHORISED = 77
-    """A service refused the credentials."""
+    """A service refused the credentials, or a file or folder that is needed belongs to another user."""
     ILLEGAL_LAYOUT = 78
     """The engine cannot run this model in this layout, or the two roles are incompatible."""
     DEADLINE = 124
@@ -98,25 +98,25 @@ class LaunchError(DynamoMpiError):
 
 
 class ConfigFileError(DynamoMpiError):
-    """A file's content is invalid."""
+    """A file cannot be read, or its content is invalid."""
 
     exit_code = ExitCode.DATA
 
 
 class ModelNotFoundError(DynamoMpiError):
-    """The model directory or one of its files cannot be read."""
+    """The model directory or one of its files cannot be read, or is damaged."""
 
     exit_code = ExitCode.NO_MODEL
 
 
 class DiscoveryError(DynamoMpiError):
-    """etcd or NATS does not answer."""
+    """etcd or NATS does not answer, or cannot be started."""
 
     exit_code = ExitCode.UNAVAILABLE
 
 
 class AuthorizationError(DynamoMpiError):
-    """etcd or NATS refused the credentials."""
+    """etcd or NATS refused the credentials, or a file or folder belongs to another user."""
 
     exit_code = ExitCode.NOT_AUTHORISED
 

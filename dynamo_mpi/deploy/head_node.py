@@ -195,9 +195,6 @@ class HeadNode(ServiceStack):
     def _new_log(self, name: str) -> Path:
         return self._run.new_log(name)
 
-    def _status_of(self, process: LoggedProcess) -> int:
-        return ExitCode.ENGINE if process.name == "frontend" else ExitCode.UNAVAILABLE
-
     def _exit_fix(self, process: LoggedProcess) -> str:
         return exhausted(self._folder, process.output()) or f"read {process.log}"
 

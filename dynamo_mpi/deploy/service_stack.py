@@ -225,7 +225,7 @@ class ServiceStack:
 
     def _status_of(self, process: LoggedProcess) -> int:
         """Return the exit code after a process has ended."""
-        return ExitCode.UNAVAILABLE
+        return ExitCode.ENGINE if process.name == "frontend" else ExitCode.UNAVAILABLE
 
     def _log_of(self, process: LoggedProcess) -> str:
         """Return the end of a process's log."""

@@ -225,7 +225,7 @@ def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.landing("nats-69")
-@pytest.mark.parametrize(("part", "code"), [("etcd", 69), ("nats", 69), ("frontend", 69)])
+@pytest.mark.parametrize(("part", "code"), [("etcd", 69), ("nats", 69), ("frontend", 70)])
 def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None:
     with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
         victim = command.report()["processes"][part][0]

@@ -16,9 +16,9 @@ TO_DO = {
         "no one: it would end in the same way",
     ),
     ExitCode.DATA: ("correct the file that the message names", "no one"),
-    ExitCode.NO_MODEL: ("make the model readable on every node, with the same files", "no one"),
+    ExitCode.NO_MODEL: ("make the model, the image or the mount readable on every node, with the same files", "no one"),
     ExitCode.UNAVAILABLE: (
-        "look at etcd or NATS: do they run, is the address right, is there a firewall?",
+        "look at etcd or NATS: do they run, is the address right, is there a firewall? for a script: at PyPI",
         "`launch --max-restarts`; a batch job isn't requeued",
     ),
     ExitCode.ENGINE: (
@@ -29,7 +29,10 @@ TO_DO = {
         "start it again",
         "`launch --max-restarts`, and `sbatch_disaggregated.sh`, which requeues its job on this code alone",
     ),
-    ExitCode.NOT_AUTHORISED: ("correct the credentials, or the user's rights in etcd", "no one"),
+    ExitCode.NOT_AUTHORISED: (
+        "correct the credentials, or the user's rights in etcd; take a folder of your own",
+        "no one",
+    ),
     ExitCode.ILLEGAL_LAYOUT: ("take one of the layouts that the message names; `dynamo-mpi plan` has all", "no one"),
     ExitCode.DEADLINE: (
         "read where every rank stood; a longer `--…-timeout` where the work just takes long",
@@ -46,6 +49,17 @@ by fault. What to do, by code and by message: [troubleshooting](../troubleshooti
 
 """
 _TAIL = """
+The codes whose cases their names don't tell:
+
+- **65:** an engine config, a settings file or a hostfile that can't be read or makes no sense; engine configs that differ between ranks
+  (P2); keys and values that TensorRT-LLM doesn't take (H); a model's `config.json` that is no JSON, or lacks what is needed; a file that is
+  no timeline; in `wait`, a damaged `services.json`.
+- **66:** a model folder without config, tokenizer or weights, with damaged or unreadable ones, or that differs between nodes (P3); a GGUF
+  file that can't be converted; and from `launch`, an image or the source of a mount that Pyxis can't find on a node.
+- **69:** etcd or NATS that doesn't answer, loses the worker's record at once, or has ended: in the services' step of `launch` and in `local`,
+  too; no port that is free for them; a worker that Dynamo's runtime could not register; and from `scripts/local.sh` and `scripts/test.sh`,
+  packages that could not be installed.
+
 Mistakes (64 to 66, 77, 78) are never retried by `launch`. In a batch script of your own:
 
     srun --mpi=pmix … python -m dynamo_mpi.worker … || code=$?
