@@ -41,8 +41,8 @@ mpiexec of MPICH 5.0.2 where its proxies end before they have."""
 CHILD = -1
 """Stands for the rank where it is rank 0's child, ``dynamo.trtllm``, that meets the fault. Then the test does it by a signal."""
 CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": signal.SIGKILL}
-# Debian's mpirun alone may take 2 s more than the others
-_HUNG_SECONDS = HEARTBEAT + PROMPT_SECONDS + 3
+# Debian's mpirun alone may take 4 s more than the others
+_HUNG_SECONDS = HEARTBEAT + PROMPT_SECONDS + 5
 
 TRTLLM_ENVIRONMENT = {
     # the stand-in for TensorRT-LLM comes first
@@ -246,10 +246,8 @@ class Outcome:
             return
         assert len(blocks) == 1, f"{blocks}\n{self.text}"
         ((speaker, phase, line),) = blocks
-        # a rank without memory dies when it next needs some, which may be in the next phase
-        passed = case.fault == "oom" and case.phase in ("mpi_init", "preflight") and phase in ("preflight", "load")
         is_at_end = (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True)
-        assert phase == case.phase or passed or is_at_end, blocks
+        assert phase == case.phase or is_at_end, blocks
         assert name in (speaker, line[: len(name)]), blocks
         if case.rank == CHILD:
             texts = {"stop": "has been stopped for", "exit0": "ended with code 0 although it was not asked"}

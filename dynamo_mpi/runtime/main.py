@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 # how long a rank that exits before MPI_Init waits, so that all ranks have started and rank 0 has logged the reason: a launcher ends the
 # other ranks when the first process fails
 _EXIT_GRACE_SECONDS = 2.0
+_AGENT_SECONDS = 2.0  # longer than it waits for another agent
 _SHUTDOWN_SECONDS = 20.0  # longer than rank 0 waits for the engine to close
 _HYDRA_EXIT_SECONDS = 0.3
 _MODULES_WITH_THREADS = frozenset({"dynamo._core", "tensorrt_llm"})
@@ -263,6 +264,9 @@ def _abort_world(
     write_failure(rendezvous, failure, log.host, report={"report": report, "consequences": []})
     client.send(f"failed {code}")
     if world is not None and world.size > 1:
+        if client.connected:
+            # the agent ends this rank too, once the other agents know: one that doesn't would report what MPI_Abort makes of its ranks
+            time.sleep(_AGENT_SECONDS)
         world.abort(code)
     if launch.launcher is Launcher.HYDRA and launch.size > 1:
         with contextlib.suppress(OSError, AttributeError):

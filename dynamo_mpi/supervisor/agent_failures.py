@@ -10,7 +10,7 @@ import time
 from dynamo_mpi.common.failure import ENDED_BY_MPI, DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.common.phases import phase_of_failure
-from dynamo_mpi.supervisor.failure_reports import died_with_agent
+from dynamo_mpi.supervisor.failure_reports import died_with_agent, host_lost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,6 +111,12 @@ def with_lost_agents(
         )
         deaths.append(ObservedFailure(failure, host))
     return first_of_each_rank([*deaths, *observed])
+
+
+def lost_hub(host: str, phase: str, at: float) -> ObservedFailure:
+    """Return all that is known of rank 0's node, if its agent was lost first."""
+    error = host_lost(host)
+    return ObservedFailure(Failure(0, int(error.exit_code), str(error), DetectedBy.HOST_UNREACHABLE, phase, at), host)
 
 
 def compose_report(observed: Sequence[ObservedFailure], phase: str) -> Report:

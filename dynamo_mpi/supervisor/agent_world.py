@@ -15,7 +15,7 @@ import socket
 import time
 
 from dynamo_mpi.common.errors import ExitCode
-from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import (
@@ -28,12 +28,12 @@ from dynamo_mpi.supervisor.agent_failures import (
     explain_signal,
     first_of_each_rank,
     lacks_cause,
+    lost_hub,
     settle_seconds,
     with_gpu_errors,
     with_lost_agents,
 )
 from dynamo_mpi.supervisor.agent_peers import HUB, AgentPeers
-from dynamo_mpi.supervisor.failure_reports import host_lost
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -86,13 +86,12 @@ class WorldWatch:
         self._launch, self._local_ranks, self._writer, self._host = launch, local_ranks, writer, local_ranks.host
         self.rendezvous, self.history = rendezvous, History(launch.size)
         self.decide_at = self._keep_until = math.inf
-        self.reported = self.closing = self._rank0_lost = False
+        self.reported = self.closing = self._rank0_lost = self._awaits_agent = False
         self._peers = AgentPeers(selector, self._host, self)
         self._observed: list[ObservedFailure] = []
         self._end_code = int(ExitCode.ENGINE)
         # agents that have not answered yet, and agents that wait for our answer
-        self._unanswered: set[int] = set()
-        self._answer_to: list[int] = []
+        self._unanswered, self._answer_to = set[int](), list[int]()
         self._pending_report: PendingReport | None = None
         self._hub_lost_at, self._print_until, self._is_in_step = 0.0, 0.0, launch.launcher is Launcher.SLURM_PMIX
 
@@ -104,11 +103,10 @@ class WorldWatch:
     @property
     def is_waiting(self) -> bool:
         """Whether an agent without ranks must stay: a decision is due, or the cause of their exit isn't reported yet."""
+        now = time.monotonic()
         is_due = self.decide_at < math.inf and not (self.reported and not self._peers.exist)
-        if is_due or time.monotonic() < self._print_until:
-            return True
         settled = self.closing or self.reported or not self._peers.exist or not self._observed
-        return not settled and time.monotonic() < self._keep_until
+        return is_due or now < self._print_until or (not settled and now < self._keep_until)
 
     # -- messages of this node's ranks ---------------------------------------------------------------------------------
 
@@ -125,13 +123,11 @@ class WorldWatch:
 
     def join(self, rank: int, text: str) -> None:
         """Apply what rank 0 sent with the preflight result; ``text`` is the result of `Rendezvous.as_json`."""
-        try:
-            self.rendezvous = rendezvous = Rendezvous(**json.loads(text)["rendezvous"])
-        except (ValueError, KeyError, TypeError):
-            return
-        self._peers.is_hub |= rank == 0
-        if rendezvous.agent_port:
-            self._peers.join(rank, rendezvous.agent_token, rendezvous.host, [rendezvous.address], rendezvous.agent_port)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            self.rendezvous = sent = Rendezvous(**json.loads(text)["rendezvous"])
+            self._peers.is_hub |= rank == 0
+            if sent.agent_port:
+                self._peers.join(rank, sent.agent_token, sent.host, [sent.address], sent.agent_port)
 
     def set_phase(self, phase: str) -> None:
         """Record rank 0's phase and send it to the other agents."""
@@ -178,10 +174,13 @@ class WorldWatch:
         )
         return self._pending_report
 
-    def set_reported(self) -> None:
-        """Record that a rank of this node has written a report by itself."""
+    def set_reported(self, end_code: int | None = None) -> None:
+        """Record that a rank of this node has written a report by itself; with a code, end all ranks as soon as another agent knows it."""
         self.reported, self.decide_at = True, math.inf
         self._peers.broadcast({"reported": True})
+        if end_code is not None:
+            self._end_code, self._awaits_agent = end_code, self._peers.exist and not self._peers.agents
+            self.decide_at = time.monotonic() + (_NOT_JOINED_SECONDS if self._awaits_agent else 0.0)
 
     def end_all(self, code: int) -> None:
         """End the ranks of all nodes."""
@@ -251,11 +250,7 @@ class WorldWatch:
             if self._peers.is_deputy and not self._rank0_lost:
                 if self._peers.has_hub:
                     return
-                # all that is known of rank 0's node is that its agent was lost first
-                host = self._peers.hub_host
-                error, how, phase = host_lost(host), DetectedBy.HOST_UNREACHABLE, self.history.phase
-                failure = Failure(0, int(error.exit_code), str(error), how, phase, self._hub_lost_at)
-                self._observed.append(ObservedFailure(failure, host))
+                self._observed.append(lost_hub(self._peers.hub_host, self.history.phase, self._hub_lost_at))
             lost = [agent for agent in self._peers.lost if self.history.phase_at(agent.at) != "exit"]
             observed = with_lost_agents(first_of_each_rank(self._observed), lost, self.history.signalled)
             # before the preflight result each rank has a phase of its own
@@ -325,7 +320,8 @@ class WorldWatch:
         if isinstance(rank := message.get("signalled"), int):
             self.history.note_signal(rank)
         if message.get("reported"):
-            self.reported, self.decide_at = True, math.inf
+            if not self.reported:
+                self.reported, self.decide_at = True, math.inf
             self._wait_for_printing()
         if "gpu_error" in message:
             self.history.note_gpu_error(message["gpu_error"])
@@ -334,6 +330,10 @@ class WorldWatch:
 
     def greet(self, number: int) -> None:
         """Send an agent that has joined what it must know."""
+        if self.reported and self._pending_report is None:
+            self._peers.send(number, {"reported": True})
+            if self._awaits_agent:
+                self.decide_at = time.monotonic()
         if self._peers.is_hub:
             self._peers.send(number, {"phase": self.history.phase})
             return

@@ -197,8 +197,7 @@ class NodeAgent:
                 self._watch.set_reported()
         elif key == "failed" and value.isdecimal():
             local.reported = True
-            self._watch.set_reported()
-            self._watch.end_all(int(value))
+            self._watch.set_reported(int(value))
         else:
             self._handle_world_message(local, key, value)
 

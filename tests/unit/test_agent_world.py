@@ -309,6 +309,37 @@ def test_a_death_in_a_drain_is_one(world: list[Agent]) -> None:
     assert reports(world)[0].failure.rank == other.rank
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_reports_by_itself_is_known_to_the_other_agents_before_all_end(failing: int) -> None:
+    """Before the preflight result: agents that join later must not report the ranks that MPI_Abort takes with it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        agents = [Agent(rank, listener.getsockname()[1], Launcher.HYDRA) for rank in range(2)]
+        agents[0].watch.set_listener(listener.dup())
+        for agent in agents:
+            stack.callback(agent.watch.close)
+            if agent.rank == failing:
+                agent.join()
+        agents[failing].watch.set_reported(70)
+        agents[failing].turn()
+        assert agents[failing].ended == []
+        agents[1 - failing].join()
+        turn_until(agents, lambda: all(agent.ended == [70] for agent in agents))
+        assert agents[1 - failing].watch.reported
+        agents[1 - failing].dies()
+        for _ in range(5):
+            agents[1 - failing].turn()
+        assert reports(agents) == []
+
+
+def test_a_rank_that_reports_by_itself_does_not_wait_long_for_other_agents() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        alone = Agent(0, listener.getsockname()[1], Launcher.HYDRA)
+        stack.callback(alone.watch.close)
+        alone.join()
+        alone.watch.set_reported(70)
+        turn_until([alone], lambda: alone.ended == [70], 2.0)
+
+
 def test_under_mpich_the_hub_does_not_wait_for_rank_0() -> None:
     hub = Agent(0, 0, Launcher.HYDRA)
     hub.join()

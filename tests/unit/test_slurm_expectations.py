@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests on Slurm and several hosts accept: which crash they run again, and exit codes by MPI's release."""
+"""What the tests on Slurm and several hosts accept, which crash they run again, exit codes by release, and how memory runs out."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,6 +15,7 @@ from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.failure_reports import rank_ended
 from tests.fault_cases import CHILD, Case
+from tests.fault_traces import run_out_of_memory, why_no_memory_limit
 from tests.mpi_crashes import is_mpi_crash
 from tests.slurm import fault_runner
 
@@ -53,3 +57,17 @@ def test_only_open_mpi_5_may_end_a_rank_with_its_own_code(
     assert 14 not in of_4
     ends_the_others = rank != CHILD and fault in ("kill", "exit0")
     assert set(fault_runner.codes_for(case)) - set(of_4) == ({14} if ends_the_others else set())
+
+
+def test_a_process_that_only_waits_runs_out_of_memory_too() -> None:
+    if reason := why_no_memory_limit():
+        pytest.skip(reason)
+    program = (sys.executable, "-c", "import time; print(flush=True); time.sleep(300)")
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            with run_out_of_memory(process.pid):
+                assert process.wait(10) == -signal.SIGKILL
+        finally:
+            process.kill()
