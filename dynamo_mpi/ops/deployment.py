@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.credentials import SERVICES_FILE, clients_of, split_clients
-from dynamo_mpi.common.display import shell_word
-from dynamo_mpi.common.errors import DynamoMpiError, RetryableError, UsageError
+from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, RetryableError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, run_dir_option, to_name, to_text
 from dynamo_mpi.deploy.run_files import (
@@ -26,6 +26,7 @@ from dynamo_mpi.deploy.run_files import (
     read_services,
     services_problem,
 )
+from dynamo_mpi.deploy.step_commands import SERVICES
 from dynamo_mpi.ops.run_dirs import NoRunDirError, find_run_dir
 
 if TYPE_CHECKING:
@@ -59,6 +60,17 @@ class LauncherKilledError(RetryableError):
             f"the launcher of the deployment in {run_dir} was killed",
             expected="a deployment with a running launcher",
             fix=f"dynamo-mpi down --run-dir {shell_word(run_dir or '')}, and start it again",
+        )
+
+
+class DamagedServicesError(ConfigFileError):
+    """A run folder's ``services.json`` makes no sense, so what runs there can't be reached."""
+
+    def __init__(self, run_dir: Path | None, problem: str) -> None:
+        super().__init__(
+            f"{run_dir}/{SERVICES} can't be used: {sanitize(problem, 200)}",
+            expected="what the services write there",
+            fix=f"end the deployment (dynamo-mpi down --run-dir {shell_word(run_dir or '')}), and start it again",
         )
 
 

@@ -21,7 +21,7 @@ from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.model_cards import UnlikeModel, cards_of, read_cards, unlike_models
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
 from dynamo_mpi.layout.layout import ROLES
-from dynamo_mpi.ops.deployment import LauncherKilledError
+from dynamo_mpi.ops.deployment import DamagedServicesError, LauncherKilledError
 from dynamo_mpi.ops.run_dirs import NoRunDirError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def read_status(
     Raises:
         DiscoveryError: etcd doesn't answer.
         AuthorizationError: it rejects our credentials.
+        ConfigFileError: the run folder's services.json makes no sense.
         UsageError: the settings for etcd can't be used, or there is no such run folder.
     """
     environ = deployment.environ
@@ -195,14 +196,16 @@ def _unknown(worker: StoredRecord) -> list[str]:
 def _without_services(deployment: Deployment) -> DynamoMpiError:
     if deployment.is_missing:
         return NoRunDirError(deployment.run_dir)
+    if deployment.launcher_is_dead:
+        return LauncherKilledError(deployment.run_dir)
+    if deployment.services_problem:
+        return DamagedServicesError(deployment.run_dir, deployment.services_problem)
     if deployment.launch is None:
         return DiscoveryError(
             f"nothing runs in {deployment.run_dir}",
             expected="a deployment, with its services.json",
             fix="start it, or --run-dir DIR of another",
         )
-    if deployment.launcher_is_dead:
-        return LauncherKilledError(deployment.run_dir)
     return DiscoveryError(
         f"the services of the deployment in {deployment.run_dir} aren't up yet",
         expected="its etcd",

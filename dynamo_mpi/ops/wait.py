@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.display import sanitize, shell_word
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import (
     AuthorizationError,
-    ConfigFileError,
     DiscoveryError,
     DynamoMpiError,
     EngineError,
@@ -24,8 +23,7 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
-from dynamo_mpi.deploy.step_commands import SERVICES
-from dynamo_mpi.ops.deployment import Deployment, LauncherKilledError, find_deployment
+from dynamo_mpi.ops.deployment import DamagedServicesError, Deployment, LauncherKilledError, find_deployment
 from dynamo_mpi.ops.readiness import (
     DEPARTED,
     MissingItem,
@@ -134,7 +132,7 @@ class ReadinessWaiter:
             outcome.error, outcome.exit_code = error, error.status
         except (
             AuthorizationError,
-            ConfigFileError,
+            DamagedServicesError,
             DiscoveryError,
             LayoutError,
             NoRunDirError,
@@ -152,9 +150,7 @@ class ReadinessWaiter:
         self._was_launched = self._was_launched or deployment.launch is not None
         self._problem = None
         if deployment.services_problem:
-            problem = f"{deployment.run_dir}/{SERVICES} can't be used: {sanitize(deployment.services_problem, 200)}"
-            fix = f"end the deployment (dynamo-mpi down --run-dir {shell_word(deployment.run_dir or '')}), and start it again"
-            return self._refuse("services", ConfigFileError(problem, expected="what the services write there", fix=fix))
+            return self._refuse("services", DamagedServicesError(deployment.run_dir, deployment.services_problem))
         if deployment.environ is None:
             if deployment.launch is not None:
                 outcome.missing = [MissingItem("services", "not up yet")]

@@ -400,7 +400,7 @@ def test_files_of_a_run_folder_that_make_no_sense(board: Board, run: Run, tmp_pa
     (folder / "services.json").write_text(text)
     (folder / "ended.json").write_text(text)
     code, _, err = run("--run-dir", str(folder))
-    assert code == ExitCode.UNAVAILABLE
+    assert (code, f"{folder}/services.json can't be used: " in err) == (ExitCode.DATA, True)
     assert "Traceback" not in err
 
 

@@ -399,6 +399,7 @@ def test_services_that_make_no_sense_are_refused(
     code, _, err = run("--run-dir", str(tmp_path / "run"))
     assert (code, f"{tmp_path}/run/services.json can't be used: " in err) == (ExitCode.DATA, True), err
     assert "expected: what the services write there" in err and "dynamo-mpi down" in err
+    assert main(["status", "--run-dir", str(tmp_path / "run")]) == ExitCode.DATA
 
 
 def test_services_that_make_sense_later_are_no_reason(

@@ -53,7 +53,7 @@ The codes whose cases their names don't tell:
 
 - **65:** an engine config, a settings file or a hostfile that can't be read or makes no sense; engine configs that differ between ranks
   (P2); keys and values that TensorRT-LLM doesn't take (H); a model's `config.json` that is no JSON, or lacks what is needed; a file that is
-  no timeline; in `wait`, a damaged `services.json`.
+  no timeline; in `wait` and `status`, a damaged `services.json`.
 - **66:** a model folder without config, tokenizer or weights, with damaged or unreadable ones, or that differs between nodes (P3); a GGUF
   file that can't be converted; and from `launch`, an image or the source of a mount that Pyxis can't find on a node.
 - **69:** etcd or NATS that doesn't answer, loses the worker's record at once, or has ended: in the services' step of `launch` and in `local`,
