@@ -80,6 +80,8 @@ class FailureHandler:
         self._events: list[FailureEvent] = []
         self._drained: set[str] = set()
         self._cases: dict[str, _Case] = {}
+        # by worker, those of its nodes that were last choices, with the files that differ
+        self._doubts: dict[str, dict[str, str]] = {}
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -102,7 +104,7 @@ class FailureHandler:
         return self.prober.lost.get(self.head, "")
 
     def nearest_spares(self, worker: str, node: str, domain: str = "") -> tuple[str, ...]:
-        """Return the spares that a worker can get, the best first, those with files that differ last.
+        """Return the spares that suit a worker, the best first.
 
         Args:
             worker: the worker.
@@ -110,21 +112,19 @@ class FailureHandler:
             domain: before them, those of this NVLink domain, that of the worker's other nodes; empty for the one that it had before.
         """
         domain = domain or self.spares.domain_of(worker)
+        fitting = tuple(spare for spare in self.spares.available if not self.spares.why_unfit(spare, worker))
+        spares, domains = self.prober.order(fitting, node), self.spares.domains
+        return tuple(sorted(spares, key=lambda spare: bool(domain) and domains.get(spare) != domain))
+
+    def last_choices(self, worker: str) -> dict[str, str]:
+        """Return the spares on which only files differ from those with which a worker has started, and which ones."""
         pool = self.spares
-        fitting = tuple(spare for spare in pool.available if not pool.problem(spare, worker))
+        doubts = {spare: pool.doubt(spare, worker) for spare in pool.available if not pool.problem(spare, worker)}
+        return {spare: files for spare, files in doubts.items() if files}
 
-        def rank(spare: str) -> tuple[bool, bool]:
-            return bool(pool.doubt(spare, worker)), bool(domain) and pool.domains.get(spare) != domain
-
-        return tuple(sorted(self.prober.order(fitting, node), key=rank))
-
-    def unfit_spares(self, worker: str, *, with_doubts: bool = False) -> str:
-        """Return the spares that a worker can't get, with the reasons, as the end of a sentence; empty for none."""
-        pool = self.spares
-        reasons = {
-            each: pool.problem(each, worker) or (pool.doubt(each, worker) if with_doubts else "")
-            for each in pool.available
-        }
+    def unfit_spares(self, worker: str) -> str:
+        """Return the spares that don't suit a worker, with the reasons, as the end of a sentence; empty for none."""
+        reasons = {spare: self.spares.why_unfit(spare, worker) for spare in self.spares.available}
         unfit = [f"{spare} ({why})" for spare, why in reasons.items() if why]
         return f"; not fit for {worker}: {', '.join(unfit)}" if unfit else ""
 
@@ -224,6 +224,8 @@ class FailureHandler:
             spares,
             self.head,
             tuple(others),
+            tuple(self.last_choices(worker.name)),
+            self._doubts.pop(worker.name, {}) if not event.served else {},
             self.unfit_spares(worker.name),
         )
         action = decide(case)
@@ -237,6 +239,8 @@ class FailureHandler:
 
     def move(self, worker: Worker, action: MoveToSpare) -> None:
         """Give a worker spares in the places of nodes, which are left out from then on."""
+        doubts = self.last_choices(worker.name)
+        self._doubts[worker.name] = {spare: doubts[spare] for _, spare in action.moves if spare in doubts}
         for _, spare in action.moves:
             if spare in self.spares.available:
                 self.spares.take(spare, worker.name)

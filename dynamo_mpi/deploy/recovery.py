@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 WINDOW_SECONDS = 3600.0
 SAME_FAILURES = 3
@@ -89,7 +89,9 @@ class Situation:
         spares: nodes that can take another's place, the best first.
         head: the node of the services.
         others: other workers of the role that serve, or will.
-        unfit: what is said about spares that the worker can't get.
+        last_choices: spares on which only files differ: for a worker that otherwise can't start, and whose role has no other.
+        doubts: the worker's nodes that were last choices, with the files that differ, if it hasn't served there.
+        unfit: what is said about spares that don't suit the worker.
     """
 
     nodes: tuple[str, ...]
@@ -99,6 +101,8 @@ class Situation:
     spares: tuple[str, ...] = ()
     head: str = ""
     others: tuple[str, ...] = ()
+    last_choices: tuple[str, ...] = ()
+    doubts: Mapping[str, str] = field(default_factory=dict)
     unfit: str = ""
 
 
@@ -162,7 +166,13 @@ def decide(case: Situation) -> Action:
     """Return what to do about the last event."""
     newest = case.events[-1]
     if newest.is_mistake:
-        return Stop(newest.code)
+        # a mistake there is the spare's: elsewhere the worker can start
+        spare, files = next(iter(case.doubts.items()), ("", ""))
+        return (
+            Stop(ExitCode.TEMPORARY, f"{newest.worker} can't start on {spare}: {files}", dict(case.doubts))
+            if spare
+            else Stop(newest.code)
+        )
     bad = {each.node: each.problem for each in case.health if each.problem and each.node in case.nodes}
     if any(each.node == case.head and each.is_lost for each in case.health):
         return Stop(ExitCode.TEMPORARY, f"the head node {case.head} is lost: {bad[case.head]}", bad)
@@ -230,8 +240,9 @@ def _twice(case: Situation, host: str) -> str:
 def _leave_out(case: Situation, bad: dict[str, str]) -> Action:
     worker = case.events[-1].worker
     lost = [node for node in case.nodes if node in bad]
-    if len(case.spares) >= len(lost):
-        return MoveToSpare(tuple(zip(lost, case.spares, strict=False)), 0.0, bad)
+    spares = case.spares if case.others else (*case.spares, *case.last_choices)
+    if len(spares) >= len(lost):
+        return MoveToSpare(tuple(zip(lost, spares, strict=False)), 0.0, bad)
     reason = f"no spare node is left for {', '.join(lost)} of {worker} ({bad[lost[0]]}){case.unfit}"
     if case.others:
         return Degrade(reason, bad)

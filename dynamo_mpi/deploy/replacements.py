@@ -112,8 +112,10 @@ class Replacements:
         request = replace(request, worker=worker.name)
         if why := self._workers.why_not_drained(worker.name):
             return replace(request, state=REFUSED, reason=f"{worker.name} can't drain: {why}")
-        if not self._others(worker) and not self._spares(worker, node):
-            return replace(request, state=REFUSED, reason=f"{_NO_SPARE} while it is away{self._unfit(worker)}")
+        if not self._others(worker) and not self._failures.nearest_spares(worker.name, node):
+            return replace(
+                request, state=REFUSED, reason=f"{_NO_SPARE} while it is away{self._failures.unfit_spares(worker.name)}"
+            )
         return request
 
     def _advance(self, request: Replacement) -> Replacement:
@@ -141,7 +143,7 @@ class Replacements:
             return replace(request, reason=f"until {' or '.join(others)} serves")
         if self._failures.is_open(worker.name):
             return replace(request, reason=f"{worker.name} has just failed")
-        spares = self._spares(worker, request.node)
+        spares = self._failures.nearest_spares(worker.name, request.node)
         reasons = {request.node: REASON}
         if spares:
             move = MoveToSpare(((request.node, spares[0]),), 0.0, reasons)
@@ -149,18 +151,10 @@ class Replacements:
             self._workers.plan(worker, move, self._seconds)
             return replace(request, state=DRAINING, to=spares[0], reason="")
         if not others:
-            return replace(request, state=REFUSED, reason=f"{_NO_SPARE}{self._unfit(worker)}")
-        reason = f"{request.node} was {REASON}, and no spare is left{self._unfit(worker)}"
+            return replace(request, state=REFUSED, reason=f"{_NO_SPARE}{self._failures.unfit_spares(worker.name)}")
+        reason = f"{request.node} was {REASON}, and no spare is left{self._failures.unfit_spares(worker.name)}"
         self._workers.plan(worker, Degrade(reason, reasons), self._seconds)
         return replace(request, state=DRAINING, reason="")
-
-    def _spares(self, worker: Worker, node: str) -> list[str]:
-        """Return the spares for a planned move, the best first; one whose files differ is taken only after a failure."""
-        nearest = self._failures.nearest_spares(worker.name, node)
-        return [spare for spare in nearest if not self._failures.spares.doubt(spare, worker.name)]
-
-    def _unfit(self, worker: Worker) -> str:
-        return self._failures.unfit_spares(worker.name, with_doubts=True)
 
     def _others(self, worker: Worker) -> list[str]:
         workers = self._failures.workers

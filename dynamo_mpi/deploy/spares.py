@@ -148,6 +148,10 @@ class SparePool:
             for node, spare in self._spares.items()
         )
 
+    def why_unfit(self, node: str, worker: str) -> str:
+        """Return why a spare doesn't suit a worker, be it a problem or a doubt; empty if it does as far as that is known."""
+        return self.problem(node, worker) or self.doubt(node, worker)
+
     def problem(self, node: str, worker: str) -> str:
         """Return why a worker can't start on a spare; empty if nothing is known that would keep it."""
         return self._judged[node].problems.get(worker, "") if node in self._judged else ""

@@ -176,8 +176,9 @@ class WorldWatch:
 
     def set_reported(self, end_code: int | None = None) -> None:
         """Record that a rank of this node has written a report by itself; with a code, end all ranks as soon as another agent knows it."""
-        self.reported, self.decide_at = True, math.inf
         self._peers.broadcast({"reported": True})
+        if not self.reported:  # else the end of all may be due
+            self.reported, self.decide_at = True, math.inf
         if end_code is not None:
             self._end_code, self._awaits_agent = end_code, self._peers.exist and not self._peers.agents
             self.decide_at = time.monotonic() + (_NOT_JOINED_SECONDS if self._awaits_agent else 0.0)

@@ -20,7 +20,7 @@ from dynamo_mpi.deploy.failures import FailureHandler
 from dynamo_mpi.deploy.node_inquiry import Inquiry, NodeProber
 from dynamo_mpi.deploy.node_watch import NodeWatch
 from dynamo_mpi.deploy.nodes import Placement, Worker
-from dynamo_mpi.deploy.recovery import MoveToSpare
+from dynamo_mpi.deploy.recovery import Degrade, MoveToSpare, Stop
 from dynamo_mpi.deploy.reports import Beginning
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.spare_checks import Judgement
@@ -150,6 +150,7 @@ def test_a_lost_node_is_replaced_at_once_unless_something_else_is_to_be_found_ou
 DIFFERS, OLD = "P2: /engine.yaml differs from that on n1", "P4: Python is cpython 3.10, on n1 cpython 3.12"
 
 
+@pytest.mark.parametrize("others", [(), ("agg-1",)])
 @pytest.mark.parametrize(
     ("doubtful", "unfit", "used"),
     [
@@ -163,16 +164,18 @@ DIFFERS, OLD = "P2: /engine.yaml differs from that on n1", "P4: Python is cpytho
 )
 def test_a_spare_with_other_files_is_the_last_choice_and_one_that_differs_otherwise_is_none(
     prober: NodeProber,
+    watch: Any,
     monkeypatch: pytest.MonkeyPatch,
     doubtful: Sequence[str],
     unfit: Sequence[str],
     used: str,
+    others: Sequence[str],
 ) -> None:
     gone: list[str] = []
-    spares = SparePool(
-        ("n3", "n4"), NoSteps(), MpirunStepController(), prober._run_dir, lambda *each: gone.append(each[0]), 1
-    )
-    spares.start({"PATH": "/usr/bin:/bin"})
+    environment = {"PATH": "/usr/bin:/bin"}
+    run_dir, controller = prober._run_dir, MpirunStepController()
+    spares = SparePool(("n3", "n4"), NoSteps(), controller, run_dir, lambda *each: gone.append(each[0]), 1)
+    spares.start(environment)
     found = {
         node: Judgement(
             {"agg-0": OLD} if node in unfit else {}, {"agg-0": DIFFERS} if node in doubtful else {}, (), False
@@ -182,17 +185,31 @@ def test_a_spare_with_other_files_is_the_last_choice_and_one_that_differs_otherw
     monkeypatch.setattr(spares._comparer, "look", lambda _: found)
     spares.poll()
     assert gone == list(unfit)
-    worker = Worker("agg-0", "agg", "config", (HEALTHY, SILENT), 1)
-    other = Worker("agg-1", "agg", "config", ("n0",), 1)
-    failures = FailureHandler(Placement((worker, other), ("n3", "n4"), "n0", ()), 3, spares, prober, prober._run_dir)
-    assert failures.nearest_spares("agg-0", SILENT)[:1] == ((used,) if used else ())
-    assert failures.unfit_spares("agg-0") == ""
-    said = failures.unfit_spares("agg-0", with_doubts=True)
-    assert said == (f"; not fit for agg-0: {', '.join(f'{node} ({DIFFERS})' for node in doubtful)}" if doubtful else "")
     reasons = {spare.node: spare.reason for spare in spares.spares}
     assert {node for node, reason in reasons.items() if reason == f"the last choice for agg-0: {DIFFERS}"} == {
         *doubtful
     }
+    worker = Worker("agg-0", "agg", "config", (HEALTHY, SILENT), 1)
+    failures = FailureHandler(
+        Placement((worker,), ("n3", "n4"), "n0", (HEALTHY, SILENT, "n3", "n4")), 3, spares, prober, run_dir
+    )
+    assert failures.nearest_spares("agg-0", SILENT) == tuple(sorted({"n3", "n4"} - {*doubtful, *unfit}))
+    said = f"; not fit for agg-0: {', '.join(f'{node} ({DIFFERS})' for node in doubtful)}" if doubtful else ""
+    assert failures.unfit_spares("agg-0") == said
+    watch.silent |= {SILENT}
+    failures.failed(worker, Blame(75, 1, SILENT, "serve", "its host is lost", suspects=(SILENT,)), 60.0, environment)
+    action = eventually(lambda: failures.due(worker, others), "what follows", 5)
+    if used and not (others and used in doubtful):
+        assert isinstance(action, MoveToSpare) and action.moves == ((SILENT, used),)
+        # what its preflight refuses there is the spare's fault
+        mistake = Blame(65, 0, HEALTHY, "preflight", "P2", is_mistake=True)
+        failures.failed(failures.workers[0], mistake, 0.0, environment)
+        ended = eventually(lambda: failures.due(failures.workers[0], others), "what follows", 5)
+        assert isinstance(ended, Stop) and ended.code == (75 if used in doubtful else 65)
+        assert (used in {each.node for each in failures.excluded}) == (used in doubtful)
+    else:
+        assert isinstance(action, Degrade if others else Stop)
+    failures.close()
 
 
 def test_a_warning_about_a_silent_host_lets_the_nodes_be_looked_at_once(tmp_path: Path) -> None:

@@ -77,6 +77,26 @@ CASES: dict[str, tuple[Situation, Action]] = {
         case(health=LOST, spares=()),
         Stop(75, "no spare node is left for n3 of decode-0 (Slurm says down)", {"n3": "Slurm says down"}),
     ),
+    "a lost node, and a spare whose files differ": (
+        case(health=LOST, spares=(), last_choices=("n8",)),
+        MoveToSpare((("n3", "n8"),), 0.0, {"n3": "Slurm says down"}),
+    ),
+    "… where another worker of the role serves": (
+        case(health=LOST, spares=(), last_choices=("n8",), others=("decode-1",), unfit="; not fit"),
+        Degrade("no spare node is left for n3 of decode-0 (Slurm says down); not fit", {"n3": "Slurm says down"}),
+    ),
+    "… and another one": (
+        case(health=LOST, last_choices=("n8",)),
+        MoveToSpare((("n3", "n9"),), 0.0, {"n3": "Slurm says down"}),
+    ),
+    "a healthy host that is blamed a second time, and a spare whose files differ": (
+        case(at(0, 1000), spares=(), last_choices=("n8",)),
+        RestartInPlace(0.0),
+    ),
+    "a mistake on a spare whose files differ": (
+        case(at(0, code=65, is_mistake=True), doubts={"n4": "P2: e.yaml differs"}),
+        Stop(75, "decode-0 can't start on n4: P2: e.yaml differs", {"n4": "P2: e.yaml differs"}),
+    ),
     "a spare that is unhealthy itself is no problem of the worker": (
         case(health=(*WELL, NodeHealth("n9", "bad"))),
         RestartInPlace(0.0),
