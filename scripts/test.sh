@@ -32,18 +32,25 @@ again=()
 # run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails. One or two that start processes are run again by themselves, and
 # named at the end if they pass then.
 run_stage() {
-    local name=$1 started=$SECONDS status=0 failed
+    local name=$1 started=$SECONDS status=0 failed cache
     shift
+    # without the failures of earlier runs
+    cache=$(mktemp -d)
+    set -- -o cache_dir="$cache" "$@"
     "$venv/bin/python" -m pytest --stage "$name" "$@" || status=$?
-    if ((status)); then
-        [[ $status == 1 && $name != fast ]] || exit "$status"
-        mapfile -t failed < <("$venv/bin/python" -c \
-            'import json; print(*json.load(open(".pytest_cache/v/cache/lastfailed")), sep="\n")')
-        ((${#failed[@]} > 0 && ${#failed[@]} <= most_again)) || exit "$status"
-        printf '=== by themselves, once more: %s\n' "${failed[*]}"
-        "$venv/bin/python" -m pytest "${failed[@]}" || exit
-        again+=("${failed[@]}")
+    if [[ $status != 0 && -f $cache/v/cache/lastfailed ]]; then
+        mapfile -t failed < <("$venv/bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' \
+            "$cache/v/cache/lastfailed")
+        # with -x and the like, the rest wasn't run
+        if [[ $status == 1 && $name != fast && ${#failed[@]} -le $most_again && ! " $* " =~ \ (-x|--exitfirst|--maxfail) ]]; then
+            printf '=== by themselves, once more: %s\n' "${failed[*]}"
+            status=0
+            "$venv/bin/python" -m pytest "$@" -n 0 "${failed[@]}" || status=$?
+            again+=("${failed[@]}")
+        fi
     fi
+    rm -r "$cache"
+    ((status == 0)) || exit "$status"
     printf 'stage %s: %d s\n' "$name" $((SECONDS - started))
 }
 
@@ -77,7 +84,7 @@ own = ["--help", "--slurm", "--full", "--stage"]
 for word in sys.argv[1:]:
     flag = word.partition("=")[0]
     near = get_close_matches(flag, own, n=1, cutoff=0.8)
-    if flag not in own and near:
+    if flag.startswith("--") and flag not in own and near:
         fix = f"is {near[0]} meant? scripts/test.sh --help"
         print(f"unknown flag {flag}\n  expected: {own}, or options of pytest\n  fix:      {fix}", file=sys.stderr)
         sys.exit(64)
