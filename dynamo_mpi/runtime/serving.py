@@ -153,14 +153,14 @@ async def serve(
         )
         registering = asyncio.ensure_future(_register_model(registration, engine, endpoint))
         await _first_of(registering, serving, failed, stop, timeout=_REGISTER_SECONDS)
-        if registering.done() and not (stop.done() or failed.done() or _first_exception(registering, serving)):
-            # the model's card is registered before the runtime has bound its port: this waits for the instance
-            await asyncio.to_thread(on_registered, endpoint.connection_id())
         failure = _first_exception(registering, serving)
         if failure is not None or not (registering.done() or failed.done() or stop.done()):
             registering.cancel()
             await _shut_down(runtime, serving)
             raise runtime_error(failure or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from failure
+        if registering.done() and not (stop.done() or failed.done()):
+            # the model's card may be registered before the runtime has bound its port: this waits for the instance, a second at most
+            await asyncio.to_thread(on_registered, endpoint.connection_id())
     if registering.done() and not (stop.done() or failed.done() or serving.done()):
         monitor.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()

@@ -6,14 +6,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import sys
 import threading
+import time
+import types
+from collections.abc import Callable
+from unittest import mock
 
 import pytest
 
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
 from dynamo_mpi.engines.requests import to_generation_request
+from dynamo_mpi.runtime import serving
 from dynamo_mpi.runtime.runtime_environment import export_runtime_env
-from dynamo_mpi.runtime.serving import _first_of, _from_thread, health_payload
+from dynamo_mpi.runtime.serving import Registration, _first_of, _from_thread, health_payload, serve
 
 
 def test_the_health_check_is_a_request_that_the_worker_serves() -> None:
@@ -41,6 +50,78 @@ def test_the_first_failure_of_the_engines_thread_arrives() -> None:
         assert not never.done()
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_port_that_is_found_taken_when_the_model_is_registered_is_no_ready_worker(
+    monkeypatch: pytest.MonkeyPatch, is_taken: bool
+) -> None:
+    steps: list[str] = []
+    bound = threading.Event()
+
+    class Endpoint:
+        """The runtime's, which binds its port after the model's card is written."""
+
+        async def serve_endpoint(self, *_: object, **__: object) -> None:
+            await asyncio.to_thread(bound.wait, 10)
+            if is_taken:
+                raise RuntimeError("Address already in use (os error 98)")
+            await asyncio.Event().wait()
+
+        def connection_id(self) -> int:
+            return 7
+
+    class Runtime:
+        def __init__(self, *_: object) -> None: ...
+
+        def endpoint(self, _: str) -> Endpoint:
+            return Endpoint()
+
+        def shutdown(self) -> None: ...
+
+    async def step(name: str) -> bool:
+        steps.append(name)
+        return True
+
+    def find_instance(_: int) -> None:
+        steps.append("instance")
+        bound.set()
+        # the failure comes while the instance is looked for
+        time.sleep(0.2)
+
+    for name, members in (
+        ("dynamo.runtime", {"DistributedRuntime": Runtime}),
+        ("dynamo.llm.exceptions", dict.fromkeys(("EngineShutdown", "InvalidArgument", "Unknown"), RuntimeError)),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(serving, "_register_model", lambda *_: step("model"))
+    monkeypatch.setattr(serving, "_deregister", lambda _: step("deregister"))
+    monkeypatch.setattr(serving, "_SHUTDOWN_SECONDS", 0.1)
+    drains: list[Callable[[int], object]] = []
+
+    def on_ready() -> None:
+        steps.append("ready")
+        drains[0](signal.SIGTERM)
+
+    body = serve(
+        Registration("/m", "m", "dyn://a.b.c", "tcp", "etcd", 1, 1.0),
+        mock.Mock(pending_kv_transfers=0),
+        PhaseTracker(),
+        mock.Mock(),
+        find_instance,
+        on_ready,
+        mock.Mock(),
+        drains.append,
+    )
+    if is_taken:
+        with pytest.raises(UsageError, match="can't bind its port"):
+            asyncio.run(body)
+        assert steps == ["model", "instance", "deregister"]
+    else:
+        asyncio.run(body)
+        assert steps == ["model", "instance", "ready", "deregister"]
 
 
 def test_the_runtime_is_pointed_at_the_living(monkeypatch: pytest.MonkeyPatch) -> None:
