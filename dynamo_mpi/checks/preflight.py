@@ -18,8 +18,7 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.finding import Finding, Severity, errors, render
-from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.layout import Cluster, LayoutSpec
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec, short_name
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_files import find_draft
 from dynamo_mpi.layout.model_shape import ModelShape

@@ -3,13 +3,7 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-    from dynamo_mpi.engines.protocol import Engine
-
+from dynamo_mpi.common.light_typing import NamedTuple
 
 COMPILING = frozenset({"trtllm"})
 """Engines that compile or tune kernels while they start, and keep them where `dynamo_mpi.stage.compile_caches` says."""
@@ -69,21 +63,3 @@ class EngineSpec(NamedTuple):
         import json
 
         return cls(**json.loads(data))
-
-
-def build_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> Engine:
-    """Build this rank's shard of the engine, without loading it.
-
-    Args:
-        spec: the engine to build.
-        comm: a communicator of all ranks that only the engine uses.
-        local_size: number of ranks on this node, which share its cores.
-
-    Raises:
-        ValueError: there is no such engine.
-    """
-    if spec.engine == "reference":
-        from dynamo_mpi.engines.reference.factory import build_reference_engine
-
-        return build_reference_engine(spec, comm, local_size)
-    raise ValueError(f"no engine is called {spec.engine!r}")

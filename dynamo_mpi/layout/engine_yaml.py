@@ -11,8 +11,8 @@ from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.engine_config import Transceiver
-from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.kv_cache import tokens_per_block
+from dynamo_mpi.layout.layout import short_name
 
 if TYPE_CHECKING:
     import yaml
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LONGEST = 2000
 """Characters of a value that is written in full."""
 _CUT = "..."
+ENGINE_CONFIG = "engine.yaml"
+"""The engine config's path in `srun_line`."""
 
 
 def yaml_line(value: object) -> str:
@@ -158,13 +160,12 @@ def _keys(subject: LayoutSpec) -> dict[str, object]:
     return keys
 
 
-def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
+def srun_line(subject: LayoutSpec, model: str) -> str:
     """Write the command that starts a worker's ranks on Slurm.
 
     Args:
         subject: the worker.
         model: model folder, as ``--model`` takes it.
-        engine_config: the engine config's path.
     """
 
     cluster = subject.cluster
@@ -187,6 +188,6 @@ def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
         "--model",
         model,
         "--engine-config",
-        engine_config,
+        ENGINE_CONFIG,
     ]
     return " ".join(map(shell_word, words))

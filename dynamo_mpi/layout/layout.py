@@ -317,5 +317,20 @@ class LayoutSpec:
         return self.version is not None and self.version.release < release
 
 
+def short_name(subject: LayoutSpec) -> str:
+    """Format a layout in the usual short form: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
+    layout = subject.layout
+    text = f"TP{layout.tp_size}"
+    if layout.cp_size > 1:
+        text += f" x CP{layout.cp_size} {(layout.cp_type or '').lower()}".rstrip()
+    if layout.moe_ep_size > 1:
+        text += f"/EP{layout.moe_ep_size}"
+    if layout.pp_size > 1:
+        text += f"/PP{layout.pp_size}"
+    if layout.enable_attention_dp:
+        text += " with attention DP"
+    return text + (" on a decode worker" if layout.is_helix else "")
+
+
 if TYPE_CHECKING:
     Rule = Callable[[LayoutSpec], Iterable[Finding]]

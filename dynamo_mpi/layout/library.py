@@ -113,9 +113,20 @@ class PlanReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data, in the stable format for scripts."""
-        from dynamo_mpi.layout.report_text import plans_as_json
-
-        return plans_as_json(self)
+        subject, cluster = self.subject, self.subject.cluster
+        return {
+            "model": self.model,
+            "architecture": subject.shape.name,
+            "role": subject.role,
+            "gpus": cluster.world_size,
+            "nodes": cluster.nodes,
+            "gpus_per_node": cluster.gpus_per_node,
+            "gpu": cluster.gpu,
+            "trtllm_version": None if subject.version is None else str(subject.version),
+            "findings": [finding.as_json() for finding in self.findings],
+            "staging": self.staging.as_json() if self.staging is not None else {},
+            "layouts": [made.as_json(self.model, self.path) for made in self.layouts],
+        }
 
     def workable_sizes(self) -> list[int]:
         """Return the next smaller numbers of GPUs that a legal layout uses to the full."""

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from math import log2
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, kv_copies
 from dynamo_mpi.layout.engine_config import EngineConfig
-from dynamo_mpi.layout.engine_yaml import LAYOUT_KEYS
+from dynamo_mpi.layout.engine_yaml import LAYOUT_KEYS, engine_yaml, srun_line
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.layout import HELIX, Layout, LayoutSpec, cluster_for
+from dynamo_mpi.layout.layout import HELIX, Layout, LayoutSpec, cluster_for, short_name
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
 from dynamo_mpi.layout.rules.pipeline import is_documented_helix
 from dynamo_mpi.layout.rules.registry import layout_findings
@@ -49,6 +49,25 @@ class Plan:
     def layout(self) -> Layout:
         """How the world is divided."""
         return self.subject.layout
+
+    def as_json(self, model: str, path: str) -> dict[str, Any]:
+        """Return it as plain data, with its YAML and its srun command.
+
+        Args:
+            model: the model's name.
+            path: the model, as ``--model`` takes it.
+        """
+        return {
+            "name": short_name(self.subject),
+            "layout": self.subject.layout_as_json(),
+            "fits": self.fits,
+            "kv_copies": self.kv_copies,
+            "reasons": list(self.reasons),
+            "findings": [finding.as_json() for finding in self.findings],
+            "memory": self.memory.as_json() if self.memory is not None else {},
+            "yaml": engine_yaml(self.subject, model),
+            "srun": srun_line(self.subject, path),
+        }
 
     @property
     def order(self) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.common.light_typing import TYPE_CHECKING, Any
 from dynamo_mpi.layout.finding import Finding, errors
-from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.layout import short_name
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate, missing_values
 from dynamo_mpi.layout.rules.registry import all_findings
 

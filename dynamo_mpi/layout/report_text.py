@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats a check's report and a planner's result: as text, and the planner's also as data."""
+"""Formats a check's report and a planner's result as text."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import replace
-from dynamo_mpi.layout.engine_yaml import engine_yaml, srun_line
+from dynamo_mpi.layout.engine_yaml import ENGINE_CONFIG, engine_yaml, srun_line
 from dynamo_mpi.layout.finding import Severity, errors, render
-from dynamo_mpi.layout.format import columns, counted, gib, short_name
+from dynamo_mpi.layout.format import columns, counted, gib
+from dynamo_mpi.layout.layout import short_name
 from dynamo_mpi.layout.suggestions import suggestions
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.memory import MemoryEstimate
     from dynamo_mpi.layout.planner import Plan
     from dynamo_mpi.layout.report import PairReport, Report
-
-_ENGINE_CONFIG = "engine.yaml"
 
 
 def describe_plans(report: PlanReport, limit: int) -> str:
@@ -53,8 +52,8 @@ def describe_plans(report: PlanReport, limit: int) -> str:
     else:
         best = plans[0].subject
         parts.append(
-            f"{_ENGINE_CONFIG} of the first:\n{_indent(engine_yaml(best, model))}\n"
-            f"start it:\n  {srun_line(best, report.path, _ENGINE_CONFIG)}"
+            f"{ENGINE_CONFIG} of the first:\n{_indent(engine_yaml(best, model))}\n"
+            f"start it:\n  {srun_line(best, report.path)}"
         )
     return "\n\n".join(parts)
 
@@ -76,37 +75,6 @@ def _row(made: Plan) -> list[str]:
 
 def _indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def plans_as_json(report: PlanReport) -> dict[str, Any]:
-    """Return all layouts as plain data, best first, each with its YAML and its srun command."""
-    model, subject = report.model, report.subject
-    return {
-        "model": model,
-        "architecture": subject.shape.name,
-        "role": subject.role,
-        "gpus": subject.cluster.world_size,
-        "nodes": subject.cluster.nodes,
-        "gpus_per_node": subject.cluster.gpus_per_node,
-        "gpu": subject.cluster.gpu,
-        "trtllm_version": None if subject.version is None else str(subject.version),
-        "findings": [finding.as_json() for finding in report.findings],
-        "staging": report.staging.as_json() if report.staging is not None else {},
-        "layouts": [
-            {
-                "name": short_name(made.subject),
-                "layout": made.subject.layout_as_json(),
-                "fits": made.fits,
-                "kv_copies": made.kv_copies,
-                "reasons": list(made.reasons),
-                "findings": [finding.as_json() for finding in made.findings],
-                "memory": made.memory.as_json() if made.memory is not None else {},
-                "yaml": engine_yaml(made.subject, model),
-                "srun": srun_line(made.subject, report.path, _ENGINE_CONFIG),
-            }
-            for made in report.layouts
-        ],
-    }
 
 
 def describe_report(model: str, report: Report) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, legal_tp_sizes
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.format import counted, short_name
-from dynamo_mpi.layout.layout import HELIX, Cluster
+from dynamo_mpi.layout.format import counted
+from dynamo_mpi.layout.layout import HELIX, Cluster, short_name
 from dynamo_mpi.layout.memory import estimate
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
 

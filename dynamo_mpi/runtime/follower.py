@@ -11,7 +11,7 @@ from functools import partial
 from dynamo_mpi.checks.rank_report import ReportRequest, collect_rank_report
 from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
-from dynamo_mpi.engines.spec import EngineSpec, build_engine
+from dynamo_mpi.engines.spec import EngineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -250,7 +250,11 @@ def build_engine_shard(
         The engine, or the error.
     """
     try:
-        return build_engine(spec, comm, local_size), None
+        if spec.engine == "reference":
+            from dynamo_mpi.engines.reference.factory import build_reference_engine
+
+            return build_reference_engine(spec, comm, local_size), None
+        raise ValueError(f"no engine is called {spec.engine!r}")
     except Exception as error:
         return None, error
 

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 
-from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple, Protocol
 from dynamo_mpi.mpi.launcher import Launcher
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.mpi.world import World
-    from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 
 
 _CREDENTIALS_BYTES = 12
@@ -29,6 +28,22 @@ _MAX_PARENTS = 8
 _NAMES = 4
 _MAX_PATH_BYTES = 107
 _PAGE_BYTES = 4096
+
+
+class AgentConnection(Protocol):
+    """A rank's connection to its node agent, as `connect_agents` needs it: see `NodeAgentClient`."""
+
+    agent_token: str
+
+    @property
+    def connected(self) -> bool:
+        """Whether an agent is connected."""
+
+    def send(self, line: str) -> None:
+        """Send the agent a line."""
+
+    def give_listener(self, descriptor: int) -> None:
+        """Pass the agent the socket on which it accepts the agents of other nodes."""
 
 
 class Agent(NamedTuple):
@@ -193,7 +208,7 @@ LOOPBACK = "127.0.0.1"
 _BARRIER_SECONDS = 5.0
 
 
-def connect_agents(world: World, local_rank: int | None, client: NodeAgentClient, host: str) -> None:
+def connect_agents(world: World, local_rank: int | None, client: AgentConnection, host: str) -> None:
     """Let the agents of all nodes connect to rank 0's agent. Collective.
 
     Args:
@@ -210,7 +225,7 @@ def connect_agents(world: World, local_rank: int | None, client: NodeAgentClient
     world.barrier(_BARRIER_SECONDS)
 
 
-def _listen_for_agents(client: NodeAgentClient, host: str) -> str:
+def _listen_for_agents(client: AgentConnection, host: str) -> str:
     """Listen for the agents of other nodes at all addresses of this host: which of them others can reach isn't known before preflight.
 
     Returns:

@@ -10,8 +10,7 @@ import pytest
 
 from dynamo_mpi.layout.engine_config import EngineConfig, Transceiver
 from dynamo_mpi.layout.finding import errors
-from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.layout import Cluster, LayoutSpec, cluster_for
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec, cluster_for, short_name
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.report import check_worker
 from dynamo_mpi.layout.rules.registry import layout_findings

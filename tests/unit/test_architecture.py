@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,26 @@ def level(package: str) -> int:
     return len(ORDER) if package in ENTRY_POINTS else ORDER.index(package)
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def find_cycle(graph: Mapping[str, Collection[str]]) -> list[str] | None:
+    """Return a path that leads back to its start, or None."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        # from the imported one to who imports it
+        return list(reversed(error.args[1]))
+    return None
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the package of each import of ours."""
+    """Yield the line and the name, without ``dynamo_mpi``, of each module of ours that is imported, also within functions and for types."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             modules = [f"{node.module}.{alias.name}" for alias in node.names] if node.level == 0 else ["dynamo_mpi.?"]
+            modules += [node.module or "?"]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         else:
@@ -52,7 +68,12 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         for module in modules:
             head, _, rest = module.partition(".")
             if head == "dynamo_mpi" and rest not in ("", "__version__"):
-                yield node.lineno, rest.partition(".")[0]
+                yield node.lineno, rest
+
+
+def packages(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the package of each import of ours."""
+    yield from ((line, module.partition(".")[0]) for line, module in imports(path))
 
 
 def test_every_package_is_in_the_order() -> None:
@@ -64,14 +85,26 @@ def test_no_package_imports_upward() -> None:
     upward = [
         f"{path.relative_to(ROOT)}:{line}: {own} imports {other}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        for line, other in imports(path)
+        for line, other in packages(path)
         if level(own := path.relative_to(PACKAGE).parts[0].removesuffix(".py")) < level(other)
     ]
     assert upward == []
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Neither at run time nor for types alone: where one needs a type of another that uses it, the type belongs below both."""
+    paths = {module_name(path): path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
+    graph = {name: {other for _, other in imports(path)} & paths.keys() for name, path in paths.items()}
+    assert (cycle := find_cycle(graph)) is None, " -> ".join(cycle)
+
+
+def test_a_cycle_of_modules_is_found() -> None:
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+    assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+
+
 def test_nothing_imports_an_entry_point() -> None:
-    users = [path.name for path in PACKAGE.rglob("*.py") for _, other in imports(path) if other in ENTRY_POINTS]
+    users = [path.name for path in PACKAGE.rglob("*.py") for _, other in packages(path) if other in ENTRY_POINTS]
     assert users == []
 
 

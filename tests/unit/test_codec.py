@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dynamo_mpi import __version__
 from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest
 from dynamo_mpi.common.codec import decode_strings, encode_strings
-from dynamo_mpi.engines.spec import EngineSpec, build_engine
+from dynamo_mpi.engines.spec import EngineSpec
+from dynamo_mpi.runtime.follower import build_engine_shard
 
 # whatever an argv or a file name can hold: Python makes lone surrogates of bytes that are no UTF-8
 TEXT = st.one_of(st.text(), st.binary().map(os.fsdecode))
@@ -86,8 +87,9 @@ def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
 
 
 def test_an_unknown_engine_is_named() -> None:
-    with pytest.raises(ValueError, match="'abacus'"):
-        build_engine(EngineSpec("abacus", "/m", 1, 1, 1), None, 1)  # type: ignore[arg-type]  # refused before it is looked at
+    spec = EngineSpec("abacus", "/m", 1, 1, 1)
+    _, error = build_engine_shard(spec, None, 1)  # type: ignore[arg-type]  # refused before it is looked at
+    assert str(error) == "no engine is called 'abacus'"
 
 
 def test_what_an_ascii_locale_reads_comes_out_as_it_went_in() -> None:

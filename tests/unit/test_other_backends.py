@@ -13,7 +13,6 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.layout.finding import Severity, errors
 from dynamo_mpi.layout.library import PlanReport, Worker, check, plan
 from dynamo_mpi.layout.report import Report
-from dynamo_mpi.layout.report_text import plans_as_json
 from tests.unit.model_zoo import ZOO
 
 
@@ -101,7 +100,7 @@ def test_defaults_are_no_sizes(model: str) -> None:
 
 def test_autodeploy_is_planned_by_world_size_alone(model: str) -> None:
     report = planned(model, "{backend: _autodeploy, tensor_parallel_size: 2, max_batch_size: 8}", gpu="h100")
-    (made,) = plans_as_json(report)["layouts"]
+    (made,) = report.as_json()["layouts"]
     assert report.ok
     assert yaml.safe_load(made["yaml"]) == {
         "backend": "_autodeploy",

@@ -17,8 +17,7 @@ from dynamo_mpi.layout.engine_config import EngineConfig, KvCache, Speculative
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.engine_yaml import engine_yaml
 from dynamo_mpi.layout.finding import Severity, errors
-from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.layout import Cluster, LayoutSpec
+from dynamo_mpi.layout.layout import Cluster, LayoutSpec, short_name
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.planner import Plan, nearest, plan, workable_sizes
