@@ -88,8 +88,7 @@ class WorldWatch:
         self.decide_at = self._keep_until = math.inf
         self.reported = self.closing = self._rank0_lost = self._awaits_agent = False
         self._peers = AgentPeers(selector, self._host, self)
-        self._observed: list[ObservedFailure] = []
-        self._end_code = int(ExitCode.ENGINE)
+        self._observed, self._end_code = list[ObservedFailure](), int(ExitCode.ENGINE)
         # agents that have not answered yet, and agents that wait for our answer
         self._unanswered, self._answer_to = set[int](), list[int]()
         self._pending_report: PendingReport | None = None
