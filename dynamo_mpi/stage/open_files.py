@@ -124,7 +124,7 @@ class Source(OpenFiles):
 
 def new_buffer(size: int) -> memoryview:
     """Return memory into which a file can be read past the page cache: it begins with a page."""
-    return memoryview(mmap.mmap(-1, size))
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def whole_pages(size: int) -> int:
