@@ -2,7 +2,7 @@
 """The digest of an extent: CRC-32, computed while it is passed on. It finds damage by a disk or the network, not an attacker's changes.
 
 None is to be feared: copies are in a folder that only their user can write, and connections are authenticated. Of the standard library's, it
-was measured to be the fastest but Adler-32, which misses more. Copies of earlier versions have SHA-256.
+was measured to be the fastest beside Adler-32, which misses more. Copies of earlier versions have SHA-256.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ to others. Over a network, read-ahead into the cache is what keeps several reque
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -88,7 +89,9 @@ class Source(OpenFiles):
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        direct = 0 if is_shared(file_system_type(manifest.source)) else os.O_DIRECT
+        direct = 0
+        with contextlib.suppress(OSError):  # a model that is gone: opening a file says so, with its name
+            direct = 0 if is_shared(file_system_type(manifest.source)) else os.O_DIRECT
         super().__init__(manifest.source, manifest, os.O_RDONLY | direct, check=True)
 
     def read(self, number: int, buffer: memoryview, offset: int) -> int:

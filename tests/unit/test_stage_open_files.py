@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def test_another_error_is_no_reason_to_try_again(source: Source, monkeypatch: py
 def test_a_file_that_has_changed_is_not_read(source: Source, tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(CONTENT + b"more")
     with pytest.raises(SourceChangedError, match="weights has changed"):
+        source.read(0, new_buffer(mmap.PAGESIZE), 0)
+
+
+def test_a_model_that_is_gone_is_an_error_of_the_file_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(CONTENT)
+    manifest = scan(str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "model")
+    source = Source(manifest)
+    with pytest.raises(FileNotFoundError, match="weights"):
         source.read(0, new_buffer(mmap.PAGESIZE), 0)
 
 
