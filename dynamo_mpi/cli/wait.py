@@ -3,8 +3,8 @@
 
 In a deployment that launch started, all workers must serve; in others, one of each role that the model needs. Exit code 0 if it is ready;
 124 at the time limit, with the missing workers and their progress (64 if there is no such run folder until then, 69 if etcd doesn't answer,
-78 if all serve but their model cards differ); 64 at once for a file or a folder with other things, 65 for a damaged services.json, 77 if etcd
-rejects the credentials; the failure's own code if it can no longer become ready.
+78 if all serve but their model cards differ); 64 at once for a file or a folder that a launch would refuse, 65 for a damaged services.json,
+77 if etcd rejects the credentials; the failure's own code if it can no longer become ready.
 While launch runs, it restarts workers; if it ends, its exit code.
 """
 

@@ -14,21 +14,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _LONGEST = 80
-# a slip of the pen; a later Dynamo's new flags resemble those of today less
+# a slip of the pen
 _SLIP = 0.9
 # of Dynamo 1.4, without those that the worker takes itself: a test compares it with the installed one
-_DYNAMO = """
-allowed-local-media-path attn-backend connector conversation-affinity custom-jinja-template default-guidance-scale default-height
-default-num-frames default-num-images-per-prompt default-num-inference-steps default-width disable-torch-compile dit-cfg-size dit-ring-size
-dit-ulysses-size dump-config-to dyn-default-thinking-mode dyn-enable-structural-tag dyn-endpoint-types dyn-reasoning-parser
-dyn-structural-tag-schema dyn-structural-tag-scope dyn-tool-call-parser enable-cuda-graph enable-fullgraph enable-layerwise-nvtx-marker
-enable-multimodal enable-teacache encode-endpoint endpoint-types engine-request-limit event-plane exclude-tools-when-tool-choice-none
-fpm-trace frontend-decoding guided-decoding-backend health-check-payload kv-block-size kv-state-endpoint max-file-size-mb
-media-output-fs-url media-output-http-url modality model-loader-extra-config multimodal-embedding-cache-capacity-gb
-multimodal-embedding-cache-publisher output-modalities publish-events-and-metrics publish-kv-events quant-algo quant-dynamic revision
-skip-warmup teacache-thresh teacache-use-ret-steps torch-dtype
+_VALUES = """
+allowed-local-media-path attn-backend connector custom-jinja-template default-guidance-scale default-height default-num-frames
+default-num-images-per-prompt default-num-inference-steps default-width dit-cfg-size dit-ring-size dit-ulysses-size dump-config-to
+dyn-default-thinking-mode dyn-endpoint-types dyn-reasoning-parser dyn-structural-tag-schema dyn-structural-tag-scope dyn-tool-call-parser
+encode-endpoint endpoint-types engine-request-limit event-plane guided-decoding-backend health-check-payload kv-block-size
+kv-state-endpoint max-file-size-mb media-output-fs-url media-output-http-url modality model-loader-extra-config
+multimodal-embedding-cache-capacity-gb output-modalities quant-algo revision teacache-thresh torch-dtype
 """
-DYNAMO = frozenset(f"--{no}{name}" for name in _DYNAMO.split() for no in ("", "no-"))
+_SWITCHES = """
+conversation-affinity disable-torch-compile dyn-enable-structural-tag enable-cuda-graph enable-fullgraph enable-layerwise-nvtx-marker
+enable-multimodal enable-teacache exclude-tools-when-tool-choice-none fpm-trace frontend-decoding multimodal-embedding-cache-publisher
+publish-events-and-metrics publish-kv-events quant-dynamic skip-warmup teacache-use-ret-steps
+"""
+SWITCHES = frozenset(f"--{name}" for name in _SWITCHES.split())
+"""Those that also have a ``--no-…`` form."""
+DYNAMO = SWITCHES | {f"--{name}" for name in (*_VALUES.split(), *(f"no-{name}" for name in _SWITCHES.split()))}
 
 
 def did_you_mean(message: str, flags: Iterable[str]) -> str:
@@ -56,20 +60,22 @@ def foreign_flags(words: Sequence[str], flags: Iterable[str]) -> list[str]:
         flags: the worker's own.
 
     Raises:
-        UsageError: a flag is a misspelt one, or the beginning of one of the worker's, which neither the preflight nor the checks would see.
+        UsageError: a flag is a misspelt one of the worker's, or the beginning of one, which neither the preflight nor the checks would see.
     """
     ours, warnings = sorted(flags), []
     for name in _names(words):
         # Dynamo takes a beginning for the whole
         if any(flag.startswith(name) for flag in DYNAMO):
             continue
-        near = next((flag for flag in ours if flag.startswith(name)), "") or _nearest(name, [*ours, *DYNAMO], _SLIP)
+        near = next((flag for flag in ours if flag.startswith(name)), "") or _nearest(name, {*ours, *DYNAMO}, _SLIP)
         shown = sanitize(name, _LONGEST)
-        if near:
+        if near in ours:
             raise UsageError(
                 f"unknown flag {shown}", expected="flags of the worker, or of dynamo.trtllm", fix=f"is {near} meant?"
             )
-        warnings.append(f"unknown flag {shown}, which is passed on: dynamo.trtllm of Dynamo 1.4 refuses it")
+        # a later Dynamo may have it
+        guess = f"; is {near} meant?" if near else ""
+        warnings.append(f"unknown flag {shown}, which is passed on: dynamo.trtllm of Dynamo 1.4 refuses it{guess}")
     return warnings
 
 

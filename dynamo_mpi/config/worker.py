@@ -207,7 +207,7 @@ def unknown_flags(passed_on: Sequence[str]) -> list[str]:
     """Return a warning for each flag that perhaps not even ``dynamo.trtllm`` takes.
 
     Raises:
-        UsageError: one is a misspelt flag.
+        UsageError: one is a misspelt flag of the worker's.
     """
     if not passed_on:
         return []

@@ -24,8 +24,12 @@ EXCLUDED = "excluded.json"
 SERVICES_LOCK, SERVICES_LOGS = "services.lock", "services"
 TIMELINES = "timeline"
 """The subfolder for timelines of the start."""
-# files that stay in a folder that a deployment has used
-_MARKS = (LOCK, SERVICES_LOCK, DEPLOYMENT, ENDED, EXCLUDED)
+# files that stay in a folder that a deployment has used, and the keys of which each has one
+_MARKS, _KEYS = (LOCK, SERVICES_LOCK, DEPLOYMENT, ENDED, EXCLUDED), {"schema", "pid"}
+_LOG_NAMES = {"etcd.log", "nats.log", "frontend.log"}
+# what a start removes, renames or overwrites: these files, and in these folders those with these endings
+_TAKEN_FILES = {SERVICES, STOP, *_MARKS}
+_TAKEN_IN = {"logs": (".log",), "ready": ("",), TIMELINES: (".html", ".json"), REPLACE: ("",), SERVICES_LOGS: ()}
 _MOST_LISTED = 5
 
 
@@ -38,7 +42,7 @@ def open_run_dir(path: Path, *, create: bool = False) -> OwnFolder:
 
     Raises:
         AuthorizationError: it is another user's, or this user may not read it.
-        UsageError: others can write in it, or replace it; or it is to be used by a deployment, and has other things in it.
+        UsageError: others can write in it, or replace it; or it is to be used by a deployment that would remove what isn't ours.
         OSError: it doesn't exist, or can't be opened.
     """
     try:
@@ -80,39 +84,65 @@ def unusable(path: Path, problem: str | None) -> UsageError:
 
 
 def foreign_names(folder: OwnFolder) -> list[str]:
-    """Return the names of the things in a folder in which no deployment was ever started; a deployment could remove or overwrite them.
+    """Return what a deployment that starts in a folder would remove, rename or overwrite, if none was ever started there.
 
     Raises:
         OSError: the folder can't be read.
     """
-    # a network file system keeps files that are still open under a hidden name
-    names = [name for name in folder.names() if not name.startswith(".")]
-    # these are all that a services process, or one that was killed at once, leaves
-    is_usable = set(names) <= {LOCK, SERVICES_LOCK, SERVICES_LOGS} or any(_is_ours(folder, name) for name in _MARKS)
-    return [] if is_usable else names
+    names = _visible(folder)
+    if any(_is_ours(folder, name) for name in _MARKS) or _has_service_logs(folder):
+        return []
+    found = [name for name in names if name in _TAKEN_FILES and not _is_empty_lock(folder, name)]
+    for name in _TAKEN_IN.keys() & set(names):
+        try:
+            with folder.subfolder(name) as subfolder:
+                found += [f"{name}/{entry}" for entry in _visible(subfolder) if entry.endswith(_TAKEN_IN[name])]
+        except NotADirectoryError:
+            found.append(name)
+    return sorted(found)
 
 
 def require_usable(folder: OwnFolder) -> None:
-    """Raise unless a deployment may use a folder: an empty one, or one in which one was started before.
+    """Raise unless a deployment may use a folder: what it would remove or overwrite there must be ours.
 
     Raises:
-        UsageError: it has other things in it.
+        UsageError: it isn't.
         OSError: it can't be read.
     """
     if names := foreign_names(folder):
         listed = ", ".join(sanitize(name) for name in names[:_MOST_LISTED]) + (" …" if names[_MOST_LISTED:] else "")
         raise UsageError(
-            f"the run folder {folder.path} has things that no deployment has left there: {listed}",
-            expected="a folder that doesn't exist yet, is empty, or is an earlier deployment's",
-            fix="another --run-dir, or DYN_MPI_RUN_DIR",
+            f"the run folder {folder.path} has things that a start would remove or overwrite, and that no deployment has left: {listed}",
+            expected="a folder without them, or an earlier deployment's",
+            fix="another --run-dir or DYN_MPI_RUN_DIR, or move them away",
         )
 
 
 def _is_ours(folder: OwnFolder, name: str) -> bool:
-    """Return whether a file is there, and is one that this project has written: all have a JSON object."""
-    with contextlib.suppress(ValueError):
-        return read_object(folder, name) is not None
+    """Return whether a file is there, and is one that this project has written."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(_KEYS & (read_object(folder, name) or {}).keys())
     return False
+
+
+def _has_service_logs(folder: OwnFolder) -> bool:
+    """Return whether services have run in a folder: that of their logs is all that they leave."""
+    with contextlib.suppress(OSError), folder.subfolder(SERVICES_LOGS) as logs:
+        names = _visible(logs)
+        return not names or bool(_LOG_NAMES & set(names))
+    return False
+
+
+def _is_empty_lock(folder: OwnFolder, name: str) -> bool:
+    """Return whether a file is a lock whose process was killed before it wrote its name."""
+    with contextlib.suppress(OSError):
+        return name in (LOCK, SERVICES_LOCK) and not folder.read(name)
+    return False
+
+
+def _visible(folder: OwnFolder) -> list[str]:
+    """List a folder without what a network file system keeps under a hidden name while it is open."""
+    return [name for name in folder.names() if not name.startswith(".")]
 
 
 def is_run_dir(folder: OwnFolder) -> bool:
@@ -157,11 +187,16 @@ def read_object(folder: OwnFolder, name: str) -> dict[str, Any] | None:
     if name not in folder.names():
         return None
     try:
-        content = json.loads(folder.read(name))
+        return _decoded(folder.read(name))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(error.strerror) from None
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("no JSON") from None
     if not isinstance(content, dict):
@@ -193,12 +228,12 @@ class ServiceAccess(NamedTuple):
 
 
 def services_problem(folder: OwnFolder) -> str:
-    """Return why ``services.json`` can't be used; empty if it can, or doesn't exist."""
+    """Return why the content of ``services.json`` can't be used; empty if it can, doesn't exist, or can't be read at the moment."""
     try:
-        content = read_object(folder, SERVICES)
-        if content is not None:
-            variables_in(content)
-    except (OSError, ValueError) as error:
+        variables_in(_decoded(folder.read(SERVICES)))
+    except OSError:  # a network file system fails for a moment
+        return ""
+    except ValueError as error:
         return str(error)
     return ""
 

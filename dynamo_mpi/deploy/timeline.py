@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.folder_walk import fix_for
-from dynamo_mpi.common.own_files import make_folder, remove_own, write_own
+from dynamo_mpi.common.own_files import make_folder, open_own, remove_own, write_own
 from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import (
     ENDED,
@@ -144,7 +144,7 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
 
 
 def require_writable(path: Path) -> None:
-    """Check that a timeline can be written, before the start that it is of; one of an earlier start is removed.
+    """Check that a timeline can be written, before the start that it is of; one of an earlier start stays as it is.
 
     Raises:
         UsageError: it can't.
@@ -152,8 +152,12 @@ def require_writable(path: Path) -> None:
     with _refusing(path):
         make_folder(path.parent)
         for file in (path, perfetto_path(path)):
-            write_own(file, b"")
-            remove_own(file)
+            with contextlib.suppress(FileNotFoundError):
+                os.close(open_own(file, os.O_WRONLY))
+        # both are written under such a name, and renamed
+        partial = perfetto_path(path).with_name(f".{perfetto_path(path).name}.{os.urandom(8).hex()}")
+        os.close(open_own(partial, os.O_WRONLY | os.O_CREAT))
+        remove_own(partial)
 
 
 @contextlib.contextmanager

@@ -171,8 +171,8 @@ class Deployment:
         launch: the running launch; None if none runs.
         end: the end of the last launch; None if one runs.
         was_used: whether a deployment was ever started in the folder.
-        is_foreign: whether none will be started there: it has other things.
-        services_problem: why the folder's services.json can't be used; empty if it can, or doesn't exist.
+        is_foreign: whether none will be started there: it would remove what isn't ours.
+        services_problem: why the content of the folder's services.json can't be used; empty if it can, or couldn't be read.
     """
 
     run_dir: Path | None

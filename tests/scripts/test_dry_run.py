@@ -281,18 +281,21 @@ JOB_OF_FOUR = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]"}
         ({**IMAGE, "CACHE_DIR": "{}/none", "STAGE_DIR": "{}/none"}, ""),
         ({**IMAGE, **JOB_OF_FOUR, "STAGE_DIR": "{}/none", "CACHE_DIR": "/nowhere/at/all"}, ""),
         ({**IMAGE, "DYN_MPI_RUN_DIR": "{}/file"}, "the run folder {}/file can't be used: Not a directory"),
-        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}"}, "the run folder {} has things that no deployment has left there: file"),
+        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}/taken"}, "and that no deployment has left: stop"),
+        ({**IMAGE, "DYN_MPI_RUN_DIR": "{}"}, ""),
         ({**IMAGE, "DYN_MPI_RUN_DIR": "{}/new/run"}, ""),
     ],
 )
 def test_folders_and_mounts_that_a_deployment_would_refuse(setting: dict[str, str], words: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir(mode=0o700)
+    (tmp_path / "taken" / "stop").touch()
     code, out, error = refused_run(**{name: value.replace("{}", str(tmp_path)) for name, value in setting.items()})
     assert (code, bool(out)) == ((64, False) if words else (0, True)), error
     assert words.replace("{}", str(tmp_path)) in error
     assert not words or ("expected:" in error and "fix:" in error)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "stop", "taken"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")

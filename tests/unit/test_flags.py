@@ -11,12 +11,13 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.flags import DYNAMO, did_you_mean
+from dynamo_mpi.config.flags import DYNAMO, SWITCHES, did_you_mean
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import OWN_FLAGS, load_settings, unknown_flags
 from dynamo_mpi.deploy.head_node import main as head_node
 
-_ARGUMENTS = ("trtllm/backend_args.py", "common/configuration/groups/runtime_args.py")
+_GROUPS = "common/configuration/groups"
+_ARGUMENTS = ("trtllm/backend_args.py", f"{_GROUPS}/runtime_args.py", f"{_GROUPS}/frontend_decoding_args.py")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,6 @@ def test_other_messages_of_argparse() -> None:
         # Dynamo would take these two for the whole flag, and our checks wouldn't
         ("--tensor-parallel", "--tensor-parallel-size"),
         ("--tp", "--tp-size"),
-        ("--publish-kv-evnts", "--publish-kv-events"),
     ],
 )
 def test_a_workers_misspelt_flag_is_refused(word: str, meant: str) -> None:
@@ -69,9 +69,20 @@ def test_flags_that_only_dynamo_takes_are_passed_on() -> None:
     assert unknown_flags(["--publish-kv", "--modality=text", "--no-enable-multimodal", "a", "--"]) == []
 
 
-def test_a_flag_that_a_later_dynamo_may_have_is_a_warning() -> None:
-    (warning,) = unknown_flags(["--kv-cache-block-size", "8"])
-    assert warning == "unknown flag --kv-cache-block-size, which is passed on: dynamo.trtllm of Dynamo 1.4 refuses it"
+@pytest.mark.parametrize(
+    ("flag", "guess"),
+    [
+        ("--kv-cache-block-size", ""),
+        ("--dyn-kv-block-size", ""),
+        ("--no-kv-block-size", "; is --kv-block-size meant?"),
+        ("--no-publish-kv-evnts", "; is --no-publish-kv-events meant?"),
+        ("--kv-state-endpoints", "; is --kv-state-endpoint meant?"),
+        ("--frontend-encoding", "; is --frontend-decoding meant?"),
+    ],
+)
+def test_a_flag_that_a_later_dynamo_may_have_is_a_warning(flag: str, guess: str) -> None:
+    (warning,) = unknown_flags([flag, "8"])
+    assert warning == f"unknown flag {flag}, which is passed on: dynamo.trtllm of Dynamo 1.4 refuses it{guess}"
 
 
 def test_dynamos_flags_are_those_of_the_installed_one() -> None:
@@ -82,3 +93,5 @@ def test_dynamos_flags_are_those_of_the_installed_one() -> None:
     found = set(re.findall(r'(?:flag_name|obsolete_flag)="(--[\w-]+)"', texts))
     assert len(found) > 60
     assert found - set(OWN_FLAGS) - DYNAMO == set()
+    negatable = set(re.findall(r'add_negatable_bool_argument\(\s+\w+,\s+flag_name="(--[\w-]+)"', texts))
+    assert negatable - set(OWN_FLAGS) == SWITCHES - {"--publish-events-and-metrics"}  # which is an alias of one

@@ -61,17 +61,33 @@ def test_a_taken_port_is_refused_before_anything_starts(capsys: pytest.CaptureFi
     assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["file/start.html", "folder"])
+@pytest.mark.parametrize("name", ["file/start.html", "folder", "n" * 240, "folder/link"])
 def test_a_timeline_that_cannot_be_written_is_refused_before_anything_starts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(LocalStack, "spawn", None)
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "file")
     assert main(["local", "--timeline", str(tmp_path / name)]) == ExitCode.USAGE
     error = capsys.readouterr().err
     assert f"the timeline {tmp_path / name} can't be written" in error and "expected:" in error
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "link"]
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_start_leaves_the_timeline_of_an_earlier_one(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(stack: LocalStack) -> None:
+        raise UsageError("no space", expected="some", fix="free some")
+
+    monkeypatch.setattr(LocalStack, "_require_space", refuse)
+    earlier = {} if is_new else {"start.html": "page", "start.trace.json": "{}"}
+    for name, content in earlier.items():
+        (tmp_path / name).write_text(content)
+    assert main(["local", "--timeline", str(tmp_path / "start.html")]) == ExitCode.USAGE
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == earlier
 
 
 def test_json_output_has_failures_too(capsys: pytest.CaptureFixture[str]) -> None:

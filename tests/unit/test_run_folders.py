@@ -126,29 +126,83 @@ def test_doctor(make: Callable[[Path], None], status: str, code: int, tmp_path: 
     assert f"{status} " in capsys.readouterr().out
 
 
-def of_another_program(folder: Path) -> None:
-    folder.mkdir(mode=0o700)
-    (folder / "services.json").write_text('{"web": 80}')
+def start_services(folder: Path) -> ServicesDir:
+    return ServicesDir(folder, None, print)
 
 
-@pytest.mark.parametrize("make", [of_other_things, of_another_program])
-@pytest.mark.parametrize("start", [RunDir, lambda path: ServicesDir(path, None, print)])
-def test_a_folder_with_other_things_is_not_taken_over(
-    start: Callable[[Path], object], make: Callable[[Path], None], tmp_path: Path
+STARTS: list[Callable[[Path], RunDir | ServicesDir]] = [RunDir, start_services]
+starts = pytest.mark.parametrize("start", STARTS)
+
+
+def write(folder: Path, name: str, content: str = '{"apiVersion": 1}') -> None:
+    (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+ANOTHER_PROGRAMS = [
+    "services.json",
+    "deployment.json",
+    "ended.json",
+    "excluded.json",
+    "stop",
+    "lock",
+    "services.lock",
+    "services",
+    "replace/n1",
+    "logs/server.log",
+    "ready/one",
+    "timeline/page.html",
+]
+
+
+@pytest.mark.parametrize("name", ANOTHER_PROGRAMS)
+@starts
+def test_what_a_start_would_remove_or_overwrite_must_be_ours(
+    start: Callable[[Path], RunDir | ServicesDir], name: str, tmp_path: Path
 ) -> None:
+    write(tmp_path / "folder", name)
+    write(tmp_path / "folder", "notes")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=f"no deployment has left: {name}\n") as caught:
+        start(tmp_path / "folder")
+    assert caught.value.expected == "a folder without them, or an earlier deployment's"
+    assert "--run-dir" in caught.value.fix
+    write_refusal(tmp_path / "folder", 64, "the launch was refused")
+    assert contents(tmp_path) == before
+
+
+@starts
+def test_a_folder_that_the_user_has_prepared_is_used(
+    start: Callable[[Path], RunDir | ServicesDir], tmp_path: Path
+) -> None:
+    """With engine configs, Slurm's output, what workers write there; and an empty lock, of a process that was killed at once."""
+    for name in ("prefill.yaml", "slurm-7.out", "logs/decode-0/rank-0.log", "timeline/notes", "services.yaml"):
+        write(tmp_path / "folder", name)
+    before = contents(tmp_path)
+    write(tmp_path / "folder", "lock", "")
+    start(tmp_path / "folder").close()
+    assert contents(tmp_path).items() >= before.items()
+
+
+def test_services_alone_start_again_beside_other_things(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    make(folder)
-    before = {path: path.is_file() and path.read_text() for path in folder.rglob("*")}
-    with pytest.raises(UsageError, match="has things that no deployment has left there: ") as caught:
-        start(folder)
-    assert "is empty" in caught.value.expected and "--run-dir" in caught.value.fix
-    write_refusal(folder, 64, "the launch was refused")
-    assert {path: path.is_file() and path.read_text() for path in folder.rglob("*")} == before
+    services = start_services(folder)
+    services.new_log("etcd")
+    services.close()
+    assert [path.name for path in folder.iterdir()] == ["services"]
+    for name in ("logs/rank-0.log", "ready/agg.json", "services/notes"):
+        write(folder, name)
+    start_services(folder).close()
+    RunDir(folder).close()
 
 
 def test_a_folder_of_an_earlier_deployment_may_have_other_things(tmp_path: Path) -> None:
     RunDir(tmp_path / "folder").close()
-    (tmp_path / "folder" / "notes").touch()
+    write(tmp_path / "folder", "services.json")
     RunDir(tmp_path / "folder").close()
 
 

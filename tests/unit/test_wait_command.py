@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,14 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops import wait as waiting
 from tests.servers import closed_port, drip, listening, reply
 from tests.unit.board import Board
 from tests.unit.test_status_command import describe, serve
 
+Capture = pytest.CaptureFixture[str]
 Run = Callable[..., tuple[int, str, str]]
 EVENTS = b'data: {"choices": [{"delta": {"content": "Hello"}}], "usage": {"completion_tokens": 1}}\n\ndata: [DONE]\n\n'
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + EVENTS
@@ -379,7 +382,7 @@ def test_what_can_never_be_a_run_folder_is_refused_at_once(board: Board, run: Ru
     file, other = tmp_path / "file", tmp_path / "other"
     file.touch()
     other.mkdir(mode=0o700)
-    (other / "notes").touch()
+    (other / "stop").write_text("of another program")
     for path in (file, file / "below", other):
         code, out, err = run("--run-dir", str(path), "--output", "json")
         content: dict[str, Any] = json.loads(out)
@@ -400,6 +403,29 @@ def test_services_that_make_no_sense_are_refused(
     assert (code, f"{tmp_path}/run/services.json can't be used: " in err) == (ExitCode.DATA, True), err
     assert "expected: what the services write there" in err and "dynamo-mpi down" in err
     assert main(["status", "--run-dir", str(tmp_path / "run")]) == ExitCode.DATA
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_services_that_cannot_be_read_at_the_moment_are_not_up_yet(
+    board: Board, run: Run, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fail(folder: OwnFolder, name: str) -> bytes:
+        if name == "services.json":
+            raise OSError(number, os.strerror(number))
+        return read(folder, name)
+
+    run_dir = describe(tmp_path / "run")
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("prefill", phase="serve", launch="d-prefill-0")
+    board.worker("decode", phase="serve", launch="d-decode-0")
+    read = OwnFolder.read
+    monkeypatch.setattr(OwnFolder, "read", fail)
+    assert main(["status", "--run-dir", str(run_dir.path)]) == ExitCode.UNAVAILABLE
+    assert "aren't up yet" in capsys.readouterr().err
+    monkeypatch.setattr(waiting, "REFUSALS", 1)
+    code, _, err = run("--run-dir", str(run_dir.path), then=lambda: monkeypatch.setattr(OwnFolder, "read", read))
+    assert (code, "services: not up yet" in err) == (0, True), err
+    run_dir.close()
 
 
 def test_services_that_make_sense_later_are_no_reason(
