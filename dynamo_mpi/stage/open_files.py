@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a model or of a copy, open.
 
-The model's own are read past the page cache where their file system is the node's and can: that saves a copy in memory, and leaves the cache
-to others. Over a network, read-ahead into the cache is what keeps several requests of a reader under way.
+The model's own are read past the page cache on a shared file system, if that can: it saves a copy in memory, and leaves the cache to others.
+A disk of this node is read faster in order and ahead, and may be in the cache already.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Source(OpenFiles):
     def __init__(self, manifest: Manifest) -> None:
         direct = 0
         with contextlib.suppress(OSError):  # a model that is gone: opening a file says so, with its name
-            direct = 0 if is_shared(file_system_type(manifest.source)) else os.O_DIRECT
+            direct = os.O_DIRECT if is_shared(file_system_type(manifest.source)) else 0
         super().__init__(manifest.source, manifest, os.O_RDONLY | direct, check=True)
 
     def read(self, number: int, buffer: memoryview, offset: int) -> int:

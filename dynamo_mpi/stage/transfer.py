@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.stage.wire import ExtentHeader, LineChannel
 
 CHUNK_BYTES = 1 << 20
+# a network file system splits it into requests that are under way together
+_READ_BYTES = 4 << 20
 _IDLE_SECONDS = 0.1
 _FASTER = 1.5
 _MAX_WANTED = 64
@@ -96,7 +98,7 @@ class Transfer(Member):
     # reading
 
     def _read_all(self, tries: bool) -> None:
-        buffer = new_buffer(CHUNK_BYTES)
+        buffer = new_buffer(_READ_BYTES)
         while self._end is None and not self._holdings.is_complete:
             self._channel.send("want", *self._wanted(tries))
             number = self._grants.get()

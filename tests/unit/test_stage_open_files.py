@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.stage import open_files
 from dynamo_mpi.stage.manifest import SourceChangedError, scan
 from dynamo_mpi.stage.open_files import Source, new_buffer, whole_pages
 
@@ -21,7 +20,9 @@ CONTENT = os.urandom(3 * mmap.PAGESIZE + 5)
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A model on what counts as a shared file system."""
+    monkeypatch.setattr("dynamo_mpi.stage.open_files.file_system_type", lambda _: "lustre")
     (tmp_path / "weights").write_bytes(CONTENT)
     return Source(scan(str(tmp_path)))
 
@@ -46,6 +47,23 @@ def test_a_file_is_read_to_its_end_whose_last_part_is_no_whole_page(source: Sour
     ]
     assert read_all(source) == CONTENT
     source.close()
+
+
+def test_only_a_shared_file_system_is_read_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").write_bytes(CONTENT)
+    asked = list[int]()
+    open_it = os.open
+
+    def note(path: str, flags: int, *rest: int) -> int:
+        asked.append(flags & os.O_DIRECT)
+        return open_it(path, flags & ~os.O_DIRECT, *rest)
+
+    monkeypatch.setattr(os, "open", note)
+    for kind, flag in (("nfs4", os.O_DIRECT), ("fuse.share", os.O_DIRECT), ("ext4", 0), ("tmpfs", 0), ("", 0)):
+        monkeypatch.setattr("dynamo_mpi.stage.open_files.file_system_type", lambda _, kind=kind: kind)
+        assert read_all(Source(scan(str(tmp_path)))) == CONTENT
+        assert asked == [flag]
+        asked.clear()
 
 
 def test_a_file_system_that_reads_through_the_page_cache_only_is_read_so(
@@ -117,23 +135,3 @@ def test_a_model_that_is_gone_is_an_error_of_the_file_that_is_read(tmp_path: Pat
     source = Source(manifest)
     with pytest.raises(FileNotFoundError, match="weights"):
         source.read(0, new_buffer(mmap.PAGESIZE), 0)
-
-
-@pytest.mark.parametrize(("kind", "direct"), [("ext4", True), ("lustre", False), ("nfs4", False)])
-def test_only_a_file_system_of_the_node_is_read_past_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, direct: bool
-) -> None:
-    (tmp_path / "weights").write_bytes(CONTENT)
-    asked = list[int]()
-    open_it = os.open
-    monkeypatch.setattr(open_files, "file_system_type", lambda _: kind)
-
-    def note(path: str, flags: int) -> int:
-        asked.append(flags)
-        return open_it(path, flags & ~os.O_DIRECT)
-
-    monkeypatch.setattr(os, "open", note)
-    source = Source(scan(str(tmp_path)))
-    assert read_all(source) == CONTENT
-    assert [bool(flags & os.O_DIRECT) for flags in asked] == [direct]
-    source.close()
