@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
+from dynamo_mpi.config.flags import DYNAMO
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings, unknown_flags
+from dynamo_mpi.deploy.settings import OPTIONS
 from dynamo_mpi.deploy.step_commands import check_flags, worker_environment, worker_flags
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.library import read_engine_config
@@ -75,6 +77,7 @@ def check_worker_flags(
             sources = WorkerSources([*words, "--settings", path], sources.environ)
         try:
             loaded = load_settings(sources, auto_engine)
+            _refuse_own(loaded.passed_on)
             warnings |= dict.fromkeys(unknown_flags(loaded.passed_on))
             if loaded.role != worker.role:
                 raise UsageError(
@@ -86,6 +89,17 @@ def check_worker_flags(
             problem = f"each {worker.role} worker would be refused: {error.problem}"
             raise type(error)(problem, expected=error.expected, fix=error.fix) from None
     return list(warnings)
+
+
+def _refuse_own(passed_on: Sequence[str]) -> None:
+    own = {flag for option in OPTIONS for flag in option.flags} - DYNAMO
+    for name in (word.partition("=")[0] for word in passed_on):
+        if name in own:
+            raise UsageError(
+                f"{name} is a flag of launch, and is behind --",
+                expected="the workers' flags behind --",
+                fix=f"{name} before --",
+            )
 
 
 def check_folders(settings: LaunchSettings, *, in_job: bool) -> None:

@@ -7,6 +7,7 @@ A service is ready when *its own process* listens at the port and answers: on a 
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.certificates import Credentials
 
 WATCH_SECONDS, SIGNAL_SECONDS = 0.2, 0.5
+_KILLED = "look in the kernel's log (dmesg) whether memory ran out"
 # together less than the 30 s between Slurm's SIGTERM and SIGKILL (KillWait); the frontend waits for open streams, 7 to 9 s as seen
 STOP_SECONDS = {"frontend": 15.0, "nats": 4.0, "etcd": 5.0}
 
@@ -208,13 +210,16 @@ class ServiceStack:
         self._interrupts.pause(
             SIGNAL_SECONDS
         )  # a command that ends us, such as scancel, also signals our children, in any order
+        code = process.exit_code()
+        # not a launcher's code for a rank that was killed
+        killed = process.popen.returncode == -signal.SIGKILL
         return ProcessExited(
-            f"{process.name} ended with exit code {process.exit_code()}",
+            f"{process.name} ended with exit code {code}" + (": killed by SIGKILL" if killed else ""),
             part=process.name,
             status=self._status_of(process),
             log=self._log_of(process),
             expected="a process that runs until it is asked to end",
-            fix=self._exit_fix(process),
+            fix=f"{_KILLED}; {self._exit_fix(process)}" if killed else self._exit_fix(process),
         )
 
     # methods that differ between stacks

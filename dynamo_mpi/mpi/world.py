@@ -77,7 +77,10 @@ class World:
         # exit even if MPI can't end the ranks
         hard_exit_after(_ABORT_SECONDS, code)
         _change_fatal_error_delay(_FATAL_ERROR_DELAY_SECONDS, 0)
-        self.comm.Abort(code)
+        if (
+            self.size > 1
+        ):  # of one rank, Open MPI would print what it knows of MPI_Abort, or that it doesn't find its own text
+            self.comm.Abort(code)
         # it returns if Open MPI's own error handler is ending the ranks, too
         os._exit(code)
 

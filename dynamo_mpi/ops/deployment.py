@@ -70,7 +70,7 @@ class DamagedServicesError(ConfigFileError):
         super().__init__(
             f"{run_dir}/{SERVICES} can't be used: {sanitize(problem, 200)}",
             expected="what the services write there",
-            fix=f"end the deployment (dynamo-mpi down --run-dir {shell_word(run_dir or '')}), and start it again",
+            fix=f"end the deployment (dynamo-mpi down --run-dir {shell_word(run_dir or '')}); if none runs there, remove the file",
         )
 
 
@@ -158,6 +158,11 @@ class DeploymentEnd:
     exit_code: int
     report: str
     time: float
+
+    @property
+    def problem(self) -> str:
+        """The report on one line, without what it expects and how to fix it."""
+        return " ".join(self.report.partition("\n  expected:")[0].split())
 
 
 @dataclass(frozen=True, repr=False)

@@ -104,7 +104,7 @@ def _events(status: DeploymentStatus) -> list[str]:
         )
     if deployment.end is not None:
         ago = format_seconds(now - deployment.end.time)
-        report = sanitize(" ".join(deployment.end.report.split()), _LONGEST_LINE)
+        report = sanitize(deployment.end.problem, _LONGEST_LINE)
         lines.append(f"the last deployment ended {ago} ago with exit code {deployment.end.exit_code}: {report}")
     warnings = [f"warning: {text}" for text in status.warnings]
     if len(warnings) > _MOST_WARNINGS:

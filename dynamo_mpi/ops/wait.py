@@ -204,7 +204,7 @@ class ReadinessWaiter:
             is_ours = end.time >= self._began_at
             if is_ours or time.monotonic() >= min(self._began + STALE_SECONDS, self._end):
                 ago = format_seconds(time.time() - end.time)
-                found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
+                found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.problem, 2000)}"
                 # a deployment that ended in order, with 0, isn't ready either
                 status = end.exit_code or ExitCode.TEMPORARY
                 fix = f"look at {deployment.run_dir}/logs, start it again"

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 import time
 
-from dynamo_mpi.common.errors import RetryableError
+from dynamo_mpi.common.errors import ModelNotFoundError, RetryableError
 from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.mpi.placement import hosts
 from dynamo_mpi.runtime.follower import CONTINUE
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.context import RankContext
 
 
+_MODEL = "regular files, or links that stay within the model's folder or its hub repository"
+# as long as the supervisor waits for hooks
+_FAILED_SECONDS = 1.0
 _NEEDED = "room for it in --stage (DYN_MPI_STAGE) on each node, in a folder that only this user can write"
 
 
@@ -40,7 +44,7 @@ def settings_to_only_stage(settings: Settings) -> Settings:
     return replace(settings, stage=folder, endpoint=endpoint, ready_file=None, metrics_file=None, timeline=None)
 
 
-class LeaderStaging:
+class LeaderStaging(WorkerHook):
     """The staging of one worker; with ``--stage none``, nothing happens.
 
     Args:
@@ -55,6 +59,7 @@ class LeaderStaging:
         self._plan: StagePlan | None = None
         self._staging: Staging | None = None
         self._began = self._due = 0.0
+        self._is_failing = False
         self._interval = settings.progress_interval
 
     @property
@@ -71,7 +76,8 @@ class LeaderStaging:
             read_ahead: how the engine itself reads the model, if it isn't staged.
 
         Raises:
-            RetryableError: it can't be staged, and staging is all that is to be done.
+            ModelNotFoundError: the model's folder can't be copied, and staging is all that is to be done.
+            UsageError: copies would be in the model's folder itself.
         """
         settings = self._settings
         folder = settings.stage
@@ -86,7 +92,11 @@ class LeaderStaging:
         try:
             plan = plan_staging(str(settings.model), folder, reports, network, limits)
         except StageError as error:
-            self._warn(str(error))
+            if settings.only_stage:
+                raise ModelNotFoundError(
+                    f"the model can't be copied: {error}", expected=_MODEL, fix="correct the model's folder"
+                ) from None
+            self._warn(str(error), _MODEL, "correct the model's folder, or leave --stage out")
             return ""
         self._plan = plan._replace(auto=settings.stage == "auto")
         return self._plan.pack()
@@ -121,6 +131,7 @@ class LeaderStaging:
             self._began = time.monotonic()
             self._due = self._began + self._interval
             self._staging = Staging(self._world, self._plan, self._on_status)
+            self._hooks.add(self)
             self._staging.begin()
             if awaited := self._staging.awaited:
                 self._log.info(
@@ -132,6 +143,12 @@ class LeaderStaging:
         """End it, as the worker stops; what is copied only in part is removed. No effect once it has ended."""
         if self._staging is not None:
             self._staging.cancel()
+
+    def on_failure_detected(self) -> None:
+        """Remove what is copied on this node only in part, if that can be done before the worker's end."""
+        self._is_failing = True
+        if self._staging is not None:
+            self._staging.cancel(_FAILED_SECONDS)
 
     def finish(self) -> str:
         """Wait until all nodes have a copy, in the phase ``stage``. Collective.
@@ -148,16 +165,24 @@ class LeaderStaging:
         from dynamo_mpi.stage.session import describe
 
         outcome = self._staging.finish()
+        while self._is_failing:  # that is what has ended it; until the process is ended
+            time.sleep(_FAILED_SECONDS)
         self._phases.mark_local_done()
         if outcome.problem:
             self._warn(outcome.problem)
         else:
             self._log.info(describe(outcome.figures), dict(outcome.figures))
             self._hooks.on_staged(dict(outcome.figures))
+            if damaged := outcome.figures.get("damaged"):
+                self._log.warning(
+                    f"the copy of the model on {', '.join(damaged)} was damaged, and has been made again\n"
+                    "  expected: a disk that keeps what is written\n"
+                    "  fix:      look at that node's disk and memory (its kernel log, smartctl, ECC counts)"
+                )
         self._world.broadcast(CONTINUE + os.fsencode(outcome.path))
         return outcome.path
 
-    def _warn(self, problem: str) -> None:
+    def _warn(self, problem: str, expected: str = _NEEDED, fix: str = "correct --stage, or leave it out") -> None:
         if self._settings.only_stage:
             raise RetryableError(
                 f"the model is not staged: {problem}", expected=_NEEDED, fix="correct --stage, or what it says"
@@ -167,8 +192,8 @@ class LeaderStaging:
             return
         self._log.warning(
             f"the model is not staged, and is loaded from {self._settings.model}: {problem}\n"
-            f"  expected: {_NEEDED}\n"
-            "  fix:      correct --stage, or leave it out"
+            f"  expected: {expected}\n"
+            f"  fix:      {fix}"
         )
 
     def _on_status(self, status: Status) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +36,8 @@ TITLE = "dynamo_mpi: stages a model"
 """The process's title."""
 DONE = "done"
 """How staging ends otherwise: this node has its copy."""
+# each reader reads so many extents at least: if all were read at once, none would travel meanwhile
+_ROUNDS = 4
 _STREAMS = 4
 _CONNECT_SECONDS = 20.0
 _POLL_SECONDS = 0.1
@@ -230,7 +233,8 @@ class Helper:
 
     def _place(self) -> Place:
         plan = self._plan
-        return Place(plan.node, self._hosts, plan.readers, plan.fed, plan.coordinator.host)
+        most = len(self._manifest.extents()) // (_ROUNDS * max(1, len(self._hosts)))
+        return Place(plan.node, self._hosts, max(1, min(plan.readers, most)), plan.fed, plan.coordinator.host)
 
     def _take_part(self, member: Member, channel: LineChannel) -> None:
         """Copy, or feed the others, until all nodes of the ring have a copy that can be published.
@@ -292,19 +296,23 @@ class Helper:
             time.sleep(_POLL_SECONDS)
         if state is State.COMPLETE:
             return {}
+        damaged = {"damaged": host_name()} if plan.digests and store.is_damaged(self._manifest) else {}
         alone = plan._replace(node=0, ring=(Peer(host_name(), "", 0),), coordinates=True, listener=-1, fed=False)
         own = self._alone = Helper(alone._replace(seconds=max(0.0, self._end - time.monotonic())), self._write)
         self._require_wanted()
         result = own.run()
         if result["result"] != DONE:
             raise (SourceChangedError if result["result"] == CHANGED else StageError)(result["text"])
-        return {name: result[name] for name in ("read_bytes", "received_bytes", "sent_bytes", "removed")}
+        return {name: result[name] for name in ("read_bytes", "received_bytes", "sent_bytes", "removed")} | damaged
 
 
 def main() -> None:
     """Run as a node's helper."""
     set_process_title(TITLE)
     raise_nofile_limit_to_hard()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # sent to all processes of a terminal or step: its rank decides, and closes the pipe
+        signal.signal(number, signal.SIG_IGN)
     # its rank is often bound to some CPUs
     release()
     plan = HelperPlan.from_json(sys.stdin.readline())

@@ -98,6 +98,11 @@ class Manifest(NamedTuple):
             for offset in range(0, file.size, step)
         ]
 
+    @property
+    def can_be_checked(self) -> bool:
+        """Whether it has digests, of a kind that this version can compute."""
+        return len(self.digests) == len(self.extents()) and is_known(self.algorithm)
+
     def to_json(self) -> str:
         """Encode it."""
         members = self._asdict()
@@ -179,9 +184,9 @@ def require_all_unchanged(manifest: Manifest) -> None:
 
 def has_digests(folder: str, manifest: Manifest) -> bool:
     """Read all files of a copy, and return whether their extents have the digests that were computed when they were copied."""
-    extents = manifest.extents()
-    if len(manifest.digests) != len(extents) or not is_known(manifest.algorithm):
+    if not manifest.can_be_checked:
         return False
+    extents = manifest.extents()
 
     def is_right(number: int) -> bool:
         file, offset, length = extents[number]
@@ -204,7 +209,7 @@ def _scan_folder(source: str, below: str, inside: str, files: list[SourceFile]) 
             blob = ""
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
-                if not _is_below(target, inside):
+                if target != inside and not _is_below(target, inside):
                     raise StageError(
                         f"{_shown(entry.path)} is a link that leaves the model's folder, to {_shown(target)}"
                     )

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.stage.manifest import scan
 
 if TYPE_CHECKING:
@@ -62,7 +64,15 @@ def plan_staging(
 
     Raises:
         StageError: the model's folder can't be copied.
+        UsageError: copies would be in the model's folder itself.
     """
+    inside = os.path.realpath(model)
+    if os.path.commonpath((inside, os.path.realpath(folder))) == inside:
+        raise UsageError(
+            f"--stage is {folder}: the model's own folder {model}, or in it",
+            expected="a folder on a disk of each node, apart from the model",
+            fix="correct --stage (DYN_MPI_STAGE, STAGE_DIR)",
+        )
     firsts: dict[str, int] = {}
     for rank, place in enumerate(ranks):
         firsts.setdefault(place.host, rank)

@@ -155,14 +155,14 @@ class Staging:
         if not path:
             self._release()
 
-    def cancel(self) -> None:
-        """End the helper, which removes what it has copied, without waiting for the other ranks. No effect once it has ended."""
+    def cancel(self, seconds: float = _CANCEL_SECONDS) -> None:
+        """End the helper, which removes what it has copied in ``seconds`` at most; the other ranks aren't waited for. Idempotent."""
         if self._process is None or self._process.exit_code() is not None:
             return
         if self._process.popen.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.popen.stdin.close()
-        self._process.wait(_CANCEL_SECONDS)
+        self._process.wait(seconds)
         self._process.kill()
 
     # the first rank of a node
@@ -302,7 +302,8 @@ class Staging:
 
     def _figures(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         copied = [result for result in results if result.get("read_bytes", 0) or result.get("received_bytes", 0)]
-        return {
+        damaged = [result["damaged"] for result in results if "damaged" in result]
+        return ({"damaged": damaged} if damaged else {}) | {
             "path": self._path,
             "bytes": self._manifest.size,
             "in_memory": self._in_memory,

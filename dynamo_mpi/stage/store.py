@@ -206,6 +206,10 @@ class Store:
                 return False
         return not digests or has_digests(path, marker)
 
+    def is_damaged(self, manifest: Manifest) -> bool:
+        """Return, of a copy whose digests `take` has just found to be wrong, whether nothing but them tells; or they aren't known."""
+        return self.is_complete(manifest) and self.read_marker(manifest.folder_name).can_be_checked
+
     def can_feed(self, manifest: Manifest) -> bool:
         """Return whether a complete copy has digests of the extents in which the model is copied now."""
         with contextlib.suppress(OSError, ValueError):

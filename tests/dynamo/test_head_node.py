@@ -175,9 +175,9 @@ def test_a_part_that_ends_ends_all_and_is_named(tmp_path: Path, part: str, code:
         os.kill(head.part(part), signal.SIGKILL)
         assert head.wait() == code
         head.assert_nothing_left()
-        assert f"head node: {part} ended with exit code 137" in head.err
+        assert f"head node: {part} ended with exit code 137: killed by SIGKILL" in head.err
         assert f"[{part}] " in head.err
-        assert f"fix:      read {head.run_dir}/services/{part}.log" in head.err
+        assert f"; read {head.run_dir}/services/{part}.log" in head.err
 
 
 @pytest.mark.full

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from dynamo_mpi.common.process import host_name
 from dynamo_mpi.stage.manifest import scan
 from dynamo_mpi.stage.store import State, Store
 from tests.conftest import Mpirun, mpi_environment, run_command
+from tests.dynamo.running import eventually
 from tests.mpi.test_worker_refusals import assert_refused
 
 pytestmark = pytest.mark.mpi
@@ -69,17 +72,59 @@ def test_the_verb_stages_on_this_node(tmp_path: Path, model: Path) -> None:
     assert Store(str(local)).is_complete(scan(str(model)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_copied_in_part_is_removed_when_it_is_stopped(
+    tmp_path: Path, model: Path, number: signal.Signals
+) -> None:
+    os.truncate(model / "model.safetensors", 1 << 30)
+    local = tmp_path / "local"
+    command = [sys.executable, "-m", "dynamo_mpi", "stage", str(model), "--stage", str(local)]
+    # as by Ctrl-C: to the whole process group
+    with subprocess.Popen(
+        command, env=mpi_environment({}), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        eventually(lambda: list(local.glob("*/.partial-*")), "it copies")
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, said
+    assert f"stopped by {number.name}" in said
+    assert "MPI" not in said.replace("dynamo_mpi", ""), said
+    assert list(local.glob("*/.partial-*")) == []
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_can_t_be_staged_ends_the_world(mpirun: Mpirun, tmp_path: Path, model: Path, ranks: int) -> None:
     words = ("--only-stage", "--model", str(model), "--stage", str(tmp_path / "local"))
     (model / "link").symlink_to("/etc/hostname")
-    assert_refused(mpirun.worker(ranks, *words), 75, "link is a link that leaves the model's folder, to /etc/hostname")
+    assert_refused(mpirun.worker(ranks, *words), 66, "link is a link that leaves the model's folder, to /etc/hostname")
     (model / "link").unlink()
+    inside = (*words[:-1], str(model / "local"))
+    assert_refused(
+        mpirun.worker(ranks, *inside), 64, f"--stage is {model}/local: the model's own folder {model}, or in it"
+    )
+    assert not (model / "local").exists()
     misspelt = (*words[:-1], str(tmp_path / "scrtch" / "me"))
     assert_refused(mpirun.worker(ranks, *misspelt), 75, "the model is not staged", f"there is no {tmp_path}/scrtch")
     assert not (tmp_path / "scrtch").exists()
     (tmp_path / "local").touch()
     assert_refused(mpirun.worker(ranks, *words), 75, "the model is not staged", "local can't be used: Not a directory")
+
+
+def test_a_copy_that_the_disk_has_damaged_is_made_again_with_a_warning(
+    mpirun: Mpirun, tmp_path: Path, model: Path
+) -> None:
+    words = ("--only-stage", "--model", str(model), "--stage", str(tmp_path), "--stage-verify", "digest")
+    warning = f"warning: the copy of the model on {host_name()} was damaged, and has been made again"
+    assert warning not in mpirun.worker(1, *words).stderr
+    store, manifest = Store(str(tmp_path)), scan(str(model))
+    file = Path(store.copy_path(manifest.folder_name)) / manifest.files[0].path
+    times = file.stat()
+    file.write_bytes(bytes(len(file.read_bytes())))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    done = mpirun.worker(1, *words)
+    assert (done.returncode, warning in done.stderr) == (0, True), done.stderr
+    assert store.is_complete(manifest, digests=True)
+    assert warning not in mpirun.worker(1, *words).stderr
 
 
 def test_where_to_must_be_known(mpirun: Mpirun, model: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
             "each prefill worker would be refused: flag --cpu-bind is 'bad'",
         ),
         (("--dry-run", "--", "--role", "decode"), {}, "--role is 'decode' behind --"),
+        (("--dry-run", "--", "--spare-nodes=1"), {}, "--spare-nodes is a flag of launch, and is behind --"),
         (("--", "--drain-timeout=x"), {}, "flag --drain-timeout is 'x'"),
         (("--", "--trtllm.max_batch_size"), {}, "--trtllm.max_batch_size has no value"),
         (("--", "stray"), {"IMAGE": "a"}, "'stray' belongs to no flag"),
