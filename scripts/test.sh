@@ -32,15 +32,14 @@ again=()
 # run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails. One or two that start processes are run again by themselves, and
 # named at the end if they pass then.
 run_stage() {
-    local name=$1 started=$SECONDS status=0 failed cache
+    local name=$1 started=$SECONDS status=0 failed noted=.pytest_cache/v/cache/lastfailed
     shift
-    # without the failures of earlier runs
-    cache=$(mktemp -d)
-    set -- -o cache_dir="$cache" "$@"
+    # it has the failures of earlier runs
+    rm -f "$noted"
     "$venv/bin/python" -m pytest --stage "$name" "$@" || status=$?
-    if [[ $status != 0 && -f $cache/v/cache/lastfailed ]]; then
+    if [[ $status != 0 && -f $noted ]]; then
         mapfile -t failed < <("$venv/bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' \
-            "$cache/v/cache/lastfailed")
+            "$noted")
         # with -x and the like, the rest wasn't run
         if [[ $status == 1 && $name != fast && ${#failed[@]} -le $most_again && ! " $* " =~ \ (-x|--exitfirst|--maxfail) ]]; then
             printf '=== by themselves, once more: %s\n' "${failed[*]}"
@@ -49,7 +48,6 @@ run_stage() {
             again+=("${failed[@]}")
         fi
     fi
-    rm -r "$cache"
     ((status == 0)) || exit "$status"
     printf 'stage %s: %d s\n' "$name" $((SECONDS - started))
 }

@@ -24,7 +24,7 @@ from dynamo_mpi.stage import manifest as manifests
 from dynamo_mpi.stage.digest import digest_of
 from dynamo_mpi.stage.helper import Helper, HelperPlan
 from dynamo_mpi.stage.holdings import Holdings
-from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, StageError, scan
+from dynamo_mpi.stage.manifest import MAX_EXTENT, MIN_EXTENT, Manifest, SourceChangedError, SourceFile, StageError, scan
 from dynamo_mpi.stage.partial import PartialCopy
 from dynamo_mpi.stage.pool import SLOW_SECONDS, WAY_SECONDS, Pool
 from dynamo_mpi.stage.store import LOCK, MARKER, PARTIAL, State, Store
@@ -394,6 +394,16 @@ def helpers_of(tmp_path: Path, model: Path, count: int, *, fed: bool = False) ->
         place = (lock, node, ring, ring[0], node == 0, listener.detach(), token, 2, 60.0, False, fed)
         helpers.append(Helper(HelperPlan(str(tmp_path / f"n{node}"), manifest.to_json(), *place), lambda _: None))
     return helpers
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "nodes", "readers"), [(8, 1, 1), (64, 1, 2), (1024, 4, 8), (512, 16, 1), (1 << 20, 512, 8)]
+)
+def test_of_a_small_model_parts_are_left_while_the_first_ones_travel(megabytes: int, nodes: int, readers: int) -> None:
+    model = Manifest("/model", (SourceFile("weights", megabytes << 20, 1),))
+    ring = (Peer("n", "127.0.0.1", 1),) * nodes
+    plan = HelperPlan("/local", model.to_json(), -1, 0, ring, ring[0], True, -1, "", 8, 60.0)
+    assert Helper(plan, lambda _: None)._place().readers == readers
 
 
 def run_helpers(helpers: list[Helper]) -> list[Callable[[], dict[str, object]]]:
