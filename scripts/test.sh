@@ -25,30 +25,11 @@ Environment:
 EOF
 }
 
-# so many failures may be due to a machine that is busy with the other tests
-most_again=2
-again=()
-
-# run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails. One or two that start processes are run again by themselves, and
-# named at the end if they pass then.
+# run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails.
 run_stage() {
-    local name=$1 started=$SECONDS status=0 failed noted=.pytest_cache/v/cache/lastfailed
+    local name=$1 started=$SECONDS
     shift
-    # it has the failures of earlier runs
-    rm -f "$noted"
-    "$venv/bin/python" -m pytest --stage "$name" "$@" || status=$?
-    if [[ $status != 0 && -f $noted ]]; then
-        mapfile -t failed < <("$venv/bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' \
-            "$noted")
-        # with -x and the like, the rest wasn't run
-        if [[ $status == 1 && $name != fast && ${#failed[@]} -le $most_again && ! " $* " =~ \ (-x|--exitfirst|--maxfail) ]]; then
-            printf '=== by themselves, once more: %s\n' "${failed[*]}"
-            status=0
-            "$venv/bin/python" -m pytest "$@" -n 0 "${failed[@]}" || status=$?
-            again+=("${failed[@]}")
-        fi
-    fi
-    ((status == 0)) || exit "$status"
+    "$venv/bin/python" -m pytest --stage "$name" "$@" || exit
     printf 'stage %s: %d s\n' "$name" $((SECONDS - started))
 }
 
@@ -97,4 +78,3 @@ run_stage fast -n "$cores" --dist worksteal "${selection[@]}" "$@"
 # these wait more than they compute
 run_stage parallel -n $((cores + 2)) --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
 run_stage alone "${selection[@]}" "$@"
-((${#again[@]} == 0)) || printf 'UNSTABLE, passed only when run again by itself: %s\n' "${again[@]}"

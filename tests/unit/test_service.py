@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable
 from unittest import mock
@@ -57,13 +56,14 @@ def test_a_port_that_is_found_taken_when_the_model_is_registered_is_no_ready_wor
     monkeypatch: pytest.MonkeyPatch, is_taken: bool
 ) -> None:
     steps: list[str] = []
-    bound = threading.Event()
+    bound, answered = threading.Event(), threading.Event()
 
     class Endpoint:
         """The runtime's, which binds its port after the model's card is written."""
 
         async def serve_endpoint(self, *_: object, **__: object) -> None:
             await asyncio.to_thread(bound.wait, 10)
+            answered.set()
             if is_taken:
                 raise RuntimeError("Address already in use (os error 98)")
             await asyncio.Event().wait()
@@ -87,7 +87,7 @@ def test_a_port_that_is_found_taken_when_the_model_is_registered_is_no_ready_wor
         steps.append("instance")
         bound.set()
         # the failure comes while the instance is looked for
-        time.sleep(0.2)
+        assert answered.wait(10)
 
     for name, members in (
         ("dynamo.runtime", {"DistributedRuntime": Runtime}),
